@@ -1,0 +1,165 @@
+"""What watches a worker train: Recorder measures, checkpoints and reports; Mistakes looks at the test."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.utilities.data import extract_batch_size
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from ray_mnist.results import CHECKPOINT, Row, checkpoint_name
+
+# Takes the metrics, the checkpoint's name and, on rank 0, the local folder that holds it; all ranks call it together.
+Report = Callable[[Row, str, Path | None], None]
+MONITOR = "val_loss"
+
+
+class Recorder(Checkpoint):
+    """Keeps one row of metrics an epoch and hands each checkpoint, and the row it belongs to, to `report`.
+
+    Being one of Lightning's `Checkpoint` callbacks it runs after everything else of an epoch, so that it sees all
+    metrics. Its history and its best checkpoint are part of each checkpoint, so that a resumed run goes on from them.
+    """
+
+    def __init__(self, report: Report, every_n_steps: int | None = None) -> None:
+        self.report, self.every_n_steps = report, every_n_steps
+        self.history: list[Row] = []
+        self.best: str | None = None
+        self.best_score = float("inf")
+        self.val_samples = 0
+        self._last_step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes into the checkpoint."""
+        return {
+            "history": self.history,
+            "best": self.best,
+            "best_score": self.best_score,
+            "val_samples": self.val_samples,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what came out of a checkpoint."""
+        self.history, self.best, self.best_score = list(state["history"]), state["best"], state["best_score"]
+        self.val_samples = state["val_samples"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock, also where a run resumes inside an epoch and no epoch starts."""
+        self._last_step = trainer.global_step
+        self._start_clock()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        self._epoch_started = time.monotonic()
+        self._validation_seconds = 0.0
+        self._trained_samples = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Checkpoints inside the epoch when it is time; the epoch's end does so for its last step."""
+        self._trained_samples += extract_batch_size(batch)
+        step = trainer.global_step
+        due = self.every_n_steps and step != self._last_step and step % self.every_n_steps == 0
+        if due and not trainer.is_last_batch:
+            self._save(trainer, {"epoch": trainer.current_epoch + 1, "step": step})
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation is not training time."""
+        self._evaluation_started = time.monotonic()
+        self.val_samples = 0
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Counts what was really evaluated."""
+        self.val_samples += extract_batch_size(batch)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation is not training time."""
+        self.val_samples = total(trainer, self.val_samples)
+        self._validation_seconds += time.monotonic() - self._evaluation_started
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds the epoch's row, checkpoints and reports."""
+        seconds = time.monotonic() - self._epoch_started
+        samples = total(trainer, self._trained_samples)
+        row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
+        row |= {name: value.item() for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        row |= {"samples_per_second": samples / (seconds - self._validation_seconds), "seconds": seconds}
+        self.history.append(row)
+        if row.get(MONITOR, -len(self.history)) < self.best_score:
+            self.best_score = row.get(MONITOR, -len(self.history))
+            self.best = checkpoint_name(trainer.global_step)
+        self._save(trainer, row)
+
+    def _save(self, trainer: Trainer, metrics: Row) -> None:
+        self._last_step = trainer.global_step
+        with tempfile.TemporaryDirectory(prefix="ray_mnist-") as folder:
+            trainer.save_checkpoint(Path(folder, CHECKPOINT))
+            self.report(metrics, checkpoint_name(trainer.global_step), Path(folder) if trainer.is_global_zero else None)
+
+
+class Mistakes(Callback):
+    """Counts the test samples and, where `test_step` returns `logits`, finds confusion and the worst mistakes."""
+
+    def __init__(self, keep: int = 25) -> None:
+        self.keep = keep
+        self.samples = 0
+        self.confusion: Tensor | None = None
+        self.worst: list[dict[str, Any]] = []
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Adds the batch."""
+        self.samples += extract_batch_size(batch)
+        if not (isinstance(outputs, dict) and "logits" in outputs):
+            return
+        (images, labels), logits = batch, outputs["logits"]
+        confusion = multiclass_confusion_matrix(logits, labels, num_classes=logits.shape[1])
+        self.confusion = confusion if self.confusion is None else self.confusion + confusion
+        chance, predicted = logits.softmax(dim=1).max(dim=1)
+        wrong = (predicted != labels).nonzero().flatten()
+        self.worst += [
+            {
+                "image": images[i].cpu().numpy(),
+                "label": int(labels[i]),
+                "predicted": int(predicted[i]),
+                "chance": float(chance[i]),
+            }
+            for i in wrong[chance[wrong].argsort(descending=True)[: self.keep]].tolist()
+        ]
+        self._sort()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Brings the ranks' findings together on every rank."""
+        self.samples = total(trainer, self.samples)
+        if self.confusion is None or trainer.world_size == 1:
+            return
+        self.confusion = trainer.strategy.reduce(self.confusion, reduce_op="sum")
+        found: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(found, self.worst)
+        self.worst = [mistake for rank in found for mistake in rank]
+        self._sort()
+
+    def confusion_counts(self) -> list[list[int]] | None:
+        """Row: the label; column: what was predicted."""
+        return None if self.confusion is None else self.confusion.tolist()
+
+    def _sort(self) -> None:
+        self.worst = sorted(self.worst, key=lambda mistake: -mistake["chance"])[: self.keep]
+
+
+def total(trainer: Trainer, count: int) -> int:
+    """The sum of `count` over all ranks."""
+    return int(trainer.strategy.reduce(torch.tensor(count, device=trainer.strategy.root_device), reduce_op="sum"))

@@ -1,0 +1,124 @@
+"""The command line's parser, jsonargparse's, with LightningCLI's conventions for model and data."""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from pytorch_lightning import LightningDataModule, LightningModule
+
+from ray_mnist.config import RunConfig, flag
+from ray_mnist.data import MNISTDataModule
+from ray_mnist.errors import RequestError
+from ray_mnist.models import SimpleModel
+from ray_mnist.results import RunFolder, one_line
+
+UNKNOWN_CLASS = "neither one of ours (SimpleModel, ConvModel, MNISTDataModule) nor a pkg.module.Class"
+SHORT = {"--lr": "--model.lr", "--batch-size": "--data.batch_size", "--dataset": "--data.dataset"}
+
+
+class Parser(ArgumentParser):
+    """Says what is wrong in one sentence: raises RequestError where ArgumentParser would print its usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Takes every complaint of the parser's."""
+        raise RequestError(f"{sentence(message)} (see {self.prog} --help)") from ex
+
+
+def sentence(message: str) -> str:
+    """The one fact in a message of jsonargparse's, which tells of everything that it tried."""
+    line = " ".join(re.sub(r"\(see [^)]*--help\)", "", message).split())
+    # A class may also be given as a path or left out (None): why neither fits is of no interest.
+    tried = re.search(
+        r'Parser key "(\w+)": .*Errors: - (.*?) - Expected a <class \'NoneType\'>.*Given value: (.*)', line
+    )
+    if tried:
+        option, reason, value = tried.groups()
+        inner = re.match(r"--([\w-]+): (.*)", reason)  # the class's own parser was here before
+        given = "" if "(" in value else f" {value}"
+        line = f"--{option}.{inner[1].replace('-', '_')}: {inner[2]}" if inner else f"--{option}{given}: {reason}"
+    line = re.sub(r"Expected a dot import path string: \S+", UNKNOWN_CLASS, line)
+    line = re.sub(r'Parser key "([^"]+)"', lambda key: flag(key[1]), line)
+    return re.sub(r"<class '(\w+)'>", r"\1", line)
+
+
+def make_parser(module: str, description: str) -> Parser:
+    """The options of a run, `--config`, `--model` and `--data`."""
+    parser = Parser(
+        prog=f"python -m ray_mnist.{module}",
+        description=description,
+        epilog="; ".join(f"{short} V is short for {long} V" for short, long in SHORT.items()),
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options, such as config.yaml")
+    for option in fields(RunConfig):
+        help_text = option.metadata["help"]
+        if option.type is bool:
+            parser.add_argument(flag(option.name), action="store_true", help=help_text)
+        else:
+            parser.add_argument(flag(option.name), type=option.type, default=option.default, help=help_text)
+    for name, base, default in (
+        ("model", LightningModule, SimpleModel),
+        ("data", LightningDataModule, MNISTDataModule),
+    ):
+        parser.add_subclass_arguments(base, name, required=True, help=f"{base.__name__}: ours or pkg.module.Class")
+        parser.set_defaults({name: {"class_path": f"ray_mnist.{default.__name__}"}})
+    return parser
+
+
+def expand(arguments: Sequence[str]) -> list[str]:
+    """Writes the short options out."""
+    expanded = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        expanded.append(SHORT.get(name, name) + equals + value)
+    return expanded
+
+
+def parse(parser: Parser, arguments: Sequence[str] | None = None) -> Namespace:
+    """The configuration, complete; what a resumed run was started with holds where nothing else is said.
+
+    Raises:
+        RequestError: an option is unknown or has a value that it cannot have.
+    """
+    arguments = expand(sys.argv[1:] if arguments is None else arguments)
+    config = parser.parse_args(arguments)
+    if config.resume and config.name:
+        saved = RunFolder(config.storage_path, config.name)
+        if saved.is_local and saved.has("config.yaml"):
+            config = parser.parse_args(["--config", saved.at("config.yaml"), *arguments])
+    return config
+
+
+def instantiate(parser: Parser, config: Namespace) -> tuple[LightningModule, LightningDataModule]:
+    """The model and the data module; a model left at the shape of MNIST is sized to the data, in `config` too.
+
+    Raises:
+        RequestError: a class does not take its arguments.
+    """
+    data = _make(parser, config, "data")
+    sizes = config.model.init_args
+    if hasattr(data, "input_shape") and sizes.get("input_shape") == (1, 28, 28):
+        sizes.input_shape, sizes.num_classes = data.input_shape, data.num_classes
+    return _make(parser, config, "model"), data
+
+
+def _make(parser: Parser, config: Namespace, name: str) -> Any:
+    try:
+        return parser.instantiate(Namespace({name: config[name]}))[name]
+    except ValueError as error:
+        # jsonargparse hides what the class itself said behind an account of all that it tried.
+        said = error.__cause__ or error
+        if isinstance(said, RequestError):
+            raise said from None
+        raise RequestError(
+            f"--{name} {config[name].class_path} cannot be made: {type(said).__name__}: {one_line(said)}"
+        ) from error
+
+
+def plain(parser: Parser, config: Namespace) -> dict[str, Any]:
+    """`config` as `config.yaml` has it: nothing but YAML's own types."""
+    whole: dict[str, Any] = yaml.safe_load(parser.dump(config))
+    return whole

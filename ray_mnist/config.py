@@ -1,0 +1,74 @@
+"""The run's configuration: one typed definition behind the API, the command line, YAML files and sweeps."""
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ray_mnist.errors import RequestError
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """The options of a run, as `Trainer` and the command line take them.
+
+    Raises:
+        RequestError: an option, or two of them together, cannot mean anything.
+    """
+
+    num_workers: int = _option(0, "training workers on Ray; 0 trains in this process, without Ray")
+    use_gpu: bool = _option(False, "give each worker one GPU")
+    tpu_cores: int = _option(0, "train on this TPU host, on so many cores, without Ray Train")
+    max_epochs: int = _option(10, "passes over the training set")
+    seed: int = _option(0, "seeds the weights, the split and the order of the samples")
+    precision: str = _option("32-true", "Lightning's precision, such as 32-true, 16-mixed, bf16-mixed")
+    storage_path: str = _option("runs", "folder or URI that the run folder is made in")
+    name: str | None = _option(None, "the run folder's name (default: data set, model and time)")
+    resume: bool = _option(False, "go on from the newest checkpoint of the run called --name")
+    max_failures: int = _option(3, "how often to start again from the newest checkpoint when a worker dies")
+    checkpoint_every_n_steps: int | None = _option(
+        None, "also checkpoint every so many optimizer steps, not only after each epoch"
+    )
+    address: str | None = _option(
+        None, "the Ray cluster to join (default: the one this machine is part of, or else a new local one)"
+    )
+
+    def __post_init__(self) -> None:
+        self._at_least("num_workers", 0)
+        self._at_least("tpu_cores", 0)
+        self._at_least("max_epochs", 1)
+        self._at_least("seed", 0)
+        self._at_least("max_failures", 0)
+        if self.checkpoint_every_n_steps is not None:
+            self._at_least("checkpoint_every_n_steps", 1)
+        if self.use_gpu and self.tpu_cores:
+            raise RequestError("--use-gpu and --tpu-cores were both given: a run trains on GPUs or on a TPU, drop one.")
+        if self.num_workers and self.tpu_cores:
+            raise RequestError(
+                "--num-workers and --tpu-cores were both given: the TPU path trains without Ray workers, drop one."
+            )
+        if self.resume and not self.name:
+            raise RequestError("--resume needs --name, the run to go on with.")
+        if self.name is not None and (not self.name or set("/\\") & set(self.name) or self.name.startswith(".")):
+            raise RequestError(f"--name {self.name!r} cannot be a folder's name: leave out '/' and a leading dot.")
+
+    def _at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise RequestError(f"{flag(name)} {value} is not possible: give a whole number of at least {least}.")
+
+
+def flag(name: str) -> str:
+    """The option's spelling on the command line, such as `--num-workers` for `num_workers`."""
+    return "--" + name.replace("_", "-")
+
+
+OPTIONS = tuple(option.name for option in fields(RunConfig))
+
+
+def global_seed() -> int:
+    """The seed that `pytorch_lightning.seed_everything` set last, or 0: Lightning keeps it in the environment."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))

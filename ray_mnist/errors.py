@@ -1,0 +1,21 @@
+"""The errors that users are meant to read: `str()` is one sentence."""
+
+
+class RequestError(Exception):
+    """What was asked for is wrong or cannot be met here; command lines end with exit status 2."""
+
+
+class TrainingError(Exception):
+    """Training started and failed; command lines end with exit status 1.
+
+    Args:
+        message: the one sentence.
+        details: where it went wrong, such as a worker's traceback.
+    """
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message, details)
+        self.message, self.details = message, details
+
+    def __str__(self) -> str:
+        return self.message

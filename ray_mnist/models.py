@@ -1,0 +1,168 @@
+"""The models: SimpleModel, two linear layers, and ConvModel, small convolutions."""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from ray_mnist.errors import RequestError
+
+Schedule = Literal["constant", "cosine", "one-cycle"]
+
+
+class Accuracy(MulticlassAccuracy):
+    """The share of right answers, exact: torchmetrics divides its whole-number counts in float32."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes=num_classes, average="micro")
+
+    def compute(self) -> Tensor:
+        """Correct over counted as a float64 scalar, on the CPU since not every device has float64."""
+        right, wrong = self.tp.sum().cpu().double(), self.fn.sum().cpu().double()
+        return right / (right + wrong)
+
+
+class Classifier(LightningModule):
+    """Trains an image classifier with Adam and cross entropy.
+
+    Batches are `(images, labels)`: float32 (N, C, H, W) in [0, 1] and int64 (N,). Subclasses set `self.net`, which
+    maps images to logits (N, num_classes).
+
+    Args:
+        lr: Adam's learning rate, or its peak under a schedule.
+        schedule: how the rate changes over the run, step by step: not at all, falling along a half cosine to 0, or
+            Smith's one-cycle policy (https://arxiv.org/abs/1708.07120).
+        input_shape: (C, H, W) of the images.
+        num_classes: how many labels there are.
+
+    Raises:
+        RequestError: an argument is out of range, or the images are not of `input_shape`.
+    """
+
+    net: nn.Module
+
+    def __init__(
+        self,
+        lr: float = 1e-3,
+        schedule: Schedule = "constant",
+        input_shape: tuple[int, int, int] = (1, 28, 28),
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        if not (math.isfinite(lr) and lr > 0):
+            raise RequestError(f"--lr {lr} is not possible: give a positive number, such as 0.001.")
+        if num_classes < 2 or min(input_shape) < 1:
+            raise RequestError(f"A classifier of {num_classes} classes over images of {input_shape} is not possible.")
+        self.save_hyperparameters({"lr": lr, "schedule": schedule, "num_classes": num_classes})
+        self.save_hyperparameters({"input_shape": tuple(input_shape)})
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.val_accuracy, self.test_accuracy = Accuracy(num_classes), Accuracy(num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, num_classes) of images (N, C, H, W)."""
+        if images.shape[1:] != self.hparams["input_shape"]:
+            raise RequestError(
+                f"{type(self).__name__} was made for images of shape {self.hparams['input_shape']} and got "
+                f"{tuple(images.shape[1:])}: pass it input_shape=datamodule.input_shape."
+            )
+        logits: Tensor = self.net(images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The batch's mean cross entropy, a scalar."""
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(labels))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Adds the batch to `val_loss` and `val_accuracy`, both totals over all samples of all workers."""
+        self._evaluate(batch, self.val_loss, self.val_accuracy)
+        self.log("val_loss", self.val_loss, batch_size=len(batch[1]))
+        self.log("val_accuracy", self.val_accuracy, batch_size=len(batch[1]))
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Adds the batch to `test_loss` and `test_accuracy`; returns its `logits` (N, num_classes)."""
+        logits = self._evaluate(batch, self.test_loss, self.test_accuracy)
+        self.log("test_loss", self.test_loss, batch_size=len(batch[1]))
+        self.log("test_accuracy", self.test_accuracy, batch_size=len(batch[1]))
+        return {"logits": logits}
+
+    def predict_step(self, batch: tuple[Tensor, Tensor] | Tensor, batch_idx: int) -> Tensor:
+        """Class probabilities (N, num_classes)."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self(images).softmax(dim=1)
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], loss: MeanMetric, accuracy: Accuracy) -> Tensor:
+        images, labels = batch
+        logits: Tensor = self(images)
+        loss.update(F.cross_entropy(logits, labels, reduction="none"))
+        accuracy.update(logits, labels)
+        return logits
+
+    def configure_optimizers(self) -> Any:
+        """Adam, with the schedule stepped after every batch."""
+        lr, schedule = self.hparams["lr"], self.hparams["schedule"]
+        optimizer = torch.optim.Adam(self.parameters(), lr=lr)
+        if schedule == "constant":
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = (
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+            if schedule == "cosine"
+            else torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class SimpleModel(Classifier):
+    """The tutorial's two linear layers: pixels to 128, ReLU, 128 to classes."""
+
+    def __init__(
+        self,
+        lr: float = 1e-3,
+        schedule: Schedule = "constant",
+        input_shape: tuple[int, int, int] = (1, 28, 28),
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__(lr, schedule, input_shape, num_classes)
+        self.net = nn.Sequential(
+            nn.Flatten(), nn.Linear(math.prod(input_shape), 128), nn.ReLU(), nn.Linear(128, num_classes)
+        )
+
+
+class ConvModel(Classifier):
+    """Three convolutions and two linear layers.
+
+    It normalises by groups of channels within each sample, never over the batch: statistics over a batch would be
+    those of a worker's share, and the training would depend on the number of workers.
+    """
+
+    def __init__(
+        self,
+        lr: float = 2e-3,
+        schedule: Schedule = "one-cycle",
+        input_shape: tuple[int, int, int] = (1, 28, 28),
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__(lr, schedule, input_shape, num_classes)
+        channels, height, width = input_shape
+        self.net = nn.Sequential(
+            *self._block(channels, 16),
+            *self._block(16, 32),
+            *self._block(32, 64),
+            nn.Flatten(),
+            nn.Linear(64 * (height // 8) * (width // 8), 128),
+            nn.ReLU(),
+            nn.Linear(128, num_classes),
+        )
+
+    @staticmethod
+    def _block(inputs: int, outputs: int) -> list[nn.Module]:
+        """Halves height and width."""
+        return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.ReLU(), nn.MaxPool2d(2)]

@@ -1,0 +1,108 @@
+"""What a person sees: a header, a line an epoch, a summary; and errors in one sentence."""
+
+import json
+import logging
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from ray_mnist.errors import RequestError, TrainingError
+from ray_mnist.results import Row, RunFolder, one_line, read_metrics
+
+POLL_S = 0.3
+FAILURES = "failures.jsonl"
+NOISY_LOGGERS = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "ray", "py.warnings")
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def say(line: str) -> None:
+    """One line of the run's own."""
+    console.print(line, markup=False)
+
+
+def epoch_line(row: Row, max_epochs: int) -> str:
+    """Such as `epoch  3/10  train_loss 0.2104  val_loss 0.2310  val_accuracy 0.9312  41,203 samples/s`."""
+    width = len(str(max_epochs))
+    own = ("epoch", "step", "samples_per_second", "seconds")
+    metrics = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in own)
+    return f"epoch {row['epoch']:{width}.0f}/{max_epochs}  {metrics}  {row['samples_per_second']:,.0f} samples/s"
+
+
+@contextmanager
+def follow(folder: RunFolder, max_epochs: int) -> Iterator[None]:
+    """Prints each epoch and each failure as the workers, wherever they are, write them into the run folder."""
+    shown_epochs, shown_failures = len(read_metrics(folder)), len(failures(folder))
+    finished = threading.Event()
+
+    def show_news() -> None:
+        nonlocal shown_epochs, shown_failures
+        for failure in failures(folder)[shown_failures:]:
+            say(f"failed: {'; '.join(failure)}; going on from the newest checkpoint")
+            shown_failures += 1
+        for row in read_metrics(folder)[shown_epochs:]:
+            say(epoch_line(row, max_epochs))
+            shown_epochs += 1
+
+    def watch() -> None:
+        while not finished.wait(POLL_S):
+            show_news()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        watcher.join()
+        show_news()
+
+
+def failures(folder: RunFolder) -> list[list[str]]:
+    """What went wrong with the workers, one list of sentences for each time the run started anew."""
+    try:
+        text = folder.read(FAILURES).decode()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line)["workers"] for line in text.splitlines()]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps Lightning's and Ray's own messages and Python's warnings off the terminal, for the time of the `with`."""
+    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def exit_status(command: Callable[[], None]) -> int:
+    """Runs a command line's work: 0 done, 2 the request was wrong, 1 training failed, 130 interrupted."""
+    try:
+        command()
+    except RequestError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"error: training failed: {one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print(f"interrupted{': ' if str(error) else ''}{error}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: training failed: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
