@@ -93,13 +93,13 @@ class Recorder(Checkpoint):
         """Adds the epoch's row, checkpoints and reports."""
         seconds = time.monotonic() - self._epoch_started
         samples = total(trainer, self._trained_samples)
-        row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
+        row: Row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
         row |= {name: value.item() for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         row |= {"samples_per_second": samples / (seconds - self._validation_seconds), "seconds": seconds}
         self.history.append(row)
-        if row.get(MONITOR, -len(self.history)) < self.best_score:
-            self.best_score = row.get(MONITOR, -len(self.history))
-            self.best = checkpoint_name(trainer.global_step)
+        score = row.get(MONITOR, -row["epoch"])  # without validation the newest is the best
+        if score < self.best_score:
+            self.best_score, self.best = score, checkpoint_name(trainer.global_step)
         self._save(trainer, row)
 
     def _save(self, trainer: Trainer, metrics: Row) -> None:

@@ -10,7 +10,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning import LightningDataModule, LightningModule
 
-from ray_mnist.config import RunConfig, flag
+from ray_mnist.config import OPTIONS, RunConfig, flag
 from ray_mnist.data import MNISTDataModule
 from ray_mnist.errors import RequestError
 from ray_mnist.models import SimpleModel
@@ -26,6 +26,13 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Takes every complaint of the parser's."""
         raise RequestError(f"{sentence(message)} (see {self.prog} --help)") from ex
+
+    def parse_path(self, cfg_path: Any, *arguments: Any, **options: Any) -> Namespace:
+        """Says which file a complaint is about."""
+        try:
+            return super().parse_path(cfg_path, *arguments, **options)
+        except RequestError as error:
+            raise RequestError(f"--config {cfg_path}: {error}") from error
 
 
 def sentence(message: str) -> str:
@@ -89,6 +96,7 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> Namespace:
         saved = RunFolder(config.storage_path, config.name)
         if saved.is_local and saved.has("config.yaml"):
             config = parser.parse_args(["--config", saved.at("config.yaml"), *arguments])
+    RunConfig(**{name: config[name] for name in OPTIONS})  # finds out what cannot mean anything
     return config
 
 
@@ -96,12 +104,16 @@ def instantiate(parser: Parser, config: Namespace) -> tuple[LightningModule, Lig
     """The model and the data module; a model left at the shape of MNIST is sized to the data, in `config` too.
 
     Raises:
-        RequestError: a class does not take its arguments.
+        RequestError: a class does not take its arguments, or the model has fewer classes than the data.
     """
     data = _make(parser, config, "data")
     sizes = config.model.init_args
-    if hasattr(data, "input_shape") and sizes.get("input_shape") == (1, 28, 28):
-        sizes.input_shape, sizes.num_classes = data.input_shape, data.num_classes
+    for name, mnist in (("input_shape", (1, 28, 28)), ("num_classes", 10)):
+        if hasattr(data, name) and sizes.get(name) == mnist:
+            sizes[name] = getattr(data, name)
+    classes, least = sizes.get("num_classes"), getattr(data, "num_classes", 0)
+    if isinstance(classes, int) and classes < least:
+        raise RequestError(f"--model.num_classes {classes} is fewer than the {least} of the data: leave it out.")
     return _make(parser, config, "model"), data
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from ray_mnist.errors import RequestError
 
+MAX_SEED = 2**32 - 1  # NumPy's
+
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -41,6 +43,8 @@ class RunConfig:
         self._at_least("tpu_cores", 0)
         self._at_least("max_epochs", 1)
         self._at_least("seed", 0)
+        if self.seed > MAX_SEED:
+            raise RequestError(f"--seed {self.seed} is not possible: give a whole number of at most {MAX_SEED}.")
         self._at_least("max_failures", 0)
         if self.checkpoint_every_n_steps is not None:
             self._at_least("checkpoint_every_n_steps", 1)

@@ -175,8 +175,7 @@ class MNISTDataModule(LightningDataModule):
         mirror: str | None = None,
     ) -> None:
         super().__init__()
-        if dataset not in sources.SOURCES:
-            raise RequestError(f"--dataset {dataset} is not known: use one of {', '.join(sources.SOURCES)}.")
+        self.source = sources.source_of(dataset)
         if batch_size < 1:
             raise RequestError(f"--batch-size {batch_size} is not possible: give a whole number of at least 1.")
         if num_workers < 0:
@@ -193,17 +192,17 @@ class MNISTDataModule(LightningDataModule):
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images."""
-        return sources.SOURCES[self.dataset].input_shape
+        return self.source.input_shape
 
     @property
     def num_classes(self) -> int:
         """How many labels there are."""
-        return sources.SOURCES[self.dataset].num_classes
+        return self.source.num_classes
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """What each label means."""
-        return sources.SOURCES[self.dataset].class_names
+        return self.source.class_names
 
     def check(self, world_size: int) -> None:
         """Finds out, before any worker starts, whether `world_size` workers can train on this.

@@ -1,7 +1,7 @@
 """The models: SimpleModel, two linear layers, and ConvModel, small convolutions."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ class Accuracy(MulticlassAccuracy):
 
     def compute(self) -> Tensor:
         """Correct over counted as a float64 scalar, on the CPU since not every device has float64."""
-        right, wrong = self.tp.sum().cpu().double(), self.fn.sum().cpu().double()
+        right, wrong = (torch.as_tensor(counts).sum().cpu().double() for counts in (self.tp, self.fn))
         return right / (right + wrong)
 
 
@@ -41,7 +41,8 @@ class Classifier(LightningModule):
         num_classes: how many labels there are.
 
     Raises:
-        RequestError: an argument is out of range, or the images are not of `input_shape`.
+        RequestError: an argument is out of range, the images are not of `input_shape`, or the run resumes under a
+            schedule that was laid out for another number of steps.
     """
 
     net: nn.Module
@@ -56,7 +57,9 @@ class Classifier(LightningModule):
         super().__init__()
         if not (math.isfinite(lr) and lr > 0):
             raise RequestError(f"--lr {lr} is not possible: give a positive number, such as 0.001.")
-        if num_classes < 2 or min(input_shape) < 1:
+        if schedule not in get_args(Schedule):
+            raise RequestError(f"--model.schedule {schedule} is not known: use one of {', '.join(get_args(Schedule))}.")
+        if num_classes < 2 or len(input_shape) != 3 or min(input_shape) < 1:
             raise RequestError(f"A classifier of {num_classes} classes over images of {input_shape} is not possible.")
         self.save_hyperparameters({"lr": lr, "schedule": schedule, "num_classes": num_classes})
         self.save_hyperparameters({"input_shape": tuple(input_shape)})
@@ -105,6 +108,18 @@ class Classifier(LightningModule):
         accuracy.update(logits, labels)
         return logits
 
+    def on_train_start(self) -> None:
+        """Raises RequestError if a resumed schedule was laid out for another number of steps: it is over, or never."""
+        if self.hparams["schedule"] == "constant":
+            return
+        scheduler: Any = self.lr_schedulers()
+        planned = scheduler.T_max if self.hparams["schedule"] == "cosine" else scheduler.total_steps
+        if planned != self.trainer.estimated_stepping_batches:
+            raise RequestError(
+                f"The run's {self.hparams['schedule']} schedule was laid out for {planned} steps, and not for "
+                f"{self.trainer.estimated_stepping_batches}: resume with the same --max-epochs and --batch-size."
+            )
+
     def configure_optimizers(self) -> Any:
         """Adam, with the schedule stepped after every batch."""
         lr, schedule = self.hparams["lr"], self.hparams["schedule"]
@@ -152,6 +167,8 @@ class ConvModel(Classifier):
     ) -> None:
         super().__init__(lr, schedule, input_shape, num_classes)
         channels, height, width = input_shape
+        if min(height, width) < 8:
+            raise RequestError(f"ConvModel halves images three times: {height}x{width} pixels are too few, use 8x8.")
         self.net = nn.Sequential(
             *self._block(channels, 16),
             *self._block(16, 32),

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from ray_mnist.results import Outcome, Row, RunFolder
@@ -13,12 +14,18 @@ from ray_mnist.results import Outcome, Row, RunFolder
 def draw(folder: RunFolder, outcome: Outcome, class_names: tuple[str, ...] | None) -> None:
     """Writes `plots/*.png`: those for which the run has something to show."""
     for metric in ("loss", "accuracy"):
-        if any(name.endswith(metric) for row in outcome.history for name in row):
+        if any(f"{part}_{metric}" in row for row in outcome.history for part in ("train", "val")):
             save(folder, metric, curves(outcome.history, metric))
     if outcome.confusion:
-        names = class_names or tuple(str(label) for label in range(len(outcome.confusion)))
+        count = len(outcome.confusion)
+        # A model may tell more classes apart than the data set names.
+        names = class_names if class_names and len(class_names) == count else tuple(map(str, range(count)))
         save(folder, "confusion", confusion(outcome.confusion, names))
-        save(folder, "mistakes", mistakes(outcome.mistakes, names))
+        pictures = [
+            found for found in outcome.mistakes if found["image"].ndim == 3 and len(found["image"]) in (1, 3, 4)
+        ]
+        if pictures or not outcome.mistakes:
+            save(folder, "mistakes", mistakes(pictures, names))
 
 
 def save(folder: RunFolder, name: str, figure: Figure) -> None:
@@ -42,7 +49,7 @@ def curves(history: list[Row], metric: str) -> Figure:
                 label={"train": "training"}.get(part, "validation"),
             )
     axes.set(xlabel="epoch", ylabel=metric)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -62,7 +69,7 @@ def mistakes(found: list[dict[str, Any]], names: tuple[str, ...], columns: int =
     """The images that the model was surest of and wrong about."""
     rows = max(1, -(-len(found) // columns))
     figure = Figure(figsize=(1.6 * columns, 1.9 * rows))
-    cells = figure.subplots(rows, columns, squeeze=False).flat
+    cells = list(figure.subplots(rows, columns, squeeze=False).flat)  # `flat` alone could be gone through only once
     for cell in cells:
         cell.axis("off")
     for cell, mistake in zip(cells, found, strict=False):

@@ -1,6 +1,8 @@
-"""What the run needs against what there is, before anything starts."""
+"""What the run needs against what there is, before anything starts.
 
-import os
+Ray is imported only where a cluster is asked: a run in this process does without it.
+"""
+
 import socket
 import time
 import uuid
@@ -10,15 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
 from ray_mnist.errors import RequestError
 from ray_mnist.results import RunFolder, one_line
 
 Bundle = dict[str, float]
 CONNECT_TIMEOUT_S = 5
+ANSWER_TIMEOUT_S = 15
 PROBE_TIMEOUT_S = 60
 
 
@@ -32,12 +31,14 @@ class Cluster:
     @classmethod
     def current(cls) -> "Cluster":
         """The one that this process is connected to."""
+        import ray
+
         nodes = [node for node in ray.nodes() if node["Alive"]]
         return cls(ray.get_runtime_context().gcs_address, nodes)
 
     def __str__(self) -> str:
         nodes = "1 node" if len(self.nodes) == 1 else f"{len(self.nodes)} nodes"
-        return f"{self.address} ({nodes}, {self.total('CPU'):g} CPUs, {self.total('GPU'):g} GPUs)"
+        return f"{self.address} ({nodes}, {count(self.total('CPU'), 'CPU')}, {count(self.total('GPU'), 'GPU')})"
 
     def total(self, resource: str) -> float:
         """Of all nodes."""
@@ -53,23 +54,24 @@ def fits(resources: dict[str, float], bundle: Bundle) -> int:
     return min(int(resources.get(name, 0) // amount) for name, amount in bundle.items())
 
 
-def could_get(bundle: Bundle) -> int:
-    """How many such bundles the cluster's autoscaler could add nodes for; 0 without an autoscaler.
+def has_autoscaler() -> bool:
+    """Whether an autoscaler that says what it cannot add looks after the cluster: version 2, which `ray up` starts."""
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
 
-    Ray has no public call for the autoscaler's limits; `ray.train` asks the same object.
+    return is_autoscaler_v2(fetch_from_server=True)
+
+
+def is_beyond_the_autoscaler(group: Any) -> bool:
+    """Whether the autoscaler has found that it cannot add the nodes that the placement group waits for.
+
+    Ray has no public call for it, nor for the autoscaler's limits.
     """
-    from ray._private.state import state
+    from ray._private.worker import global_worker
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 
-    config = state.get_cluster_config()
-    if config is None:
-        return 0
-    limits = dict(config.max_resources)
-    groups = [group for group in config.node_group_configs if group.max_count]
-    room = sum(
-        fits(dict(group.resources), bundle) * (group.max_count if group.max_count > 0 else 1_000_000)
-        for group in groups
-    )
-    return min([room, *(int(limits[name] // amount) for name, amount in bundle.items() if name in limits)])
+    status = GetClusterStatusReply.FromString(global_worker.gcs_client.get_cluster_status())
+    infeasible = status.autoscaling_state.infeasible_gang_resource_requests
+    return any(request.details.startswith(group.id.hex()) for request in infeasible)
 
 
 def check_resources(num_workers: int, bundle: Bundle, wait_s: float, say: Callable[[str], None]) -> Cluster:
@@ -84,23 +86,30 @@ def check_resources(num_workers: int, bundle: Bundle, wait_s: float, say: Callab
     Raises:
         RequestError: there is no room, and there cannot be or was not in `wait_s` seconds.
     """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
     cluster = Cluster.current()
-    room, more = cluster.room_for(bundle), could_get(bundle)
+    room = cluster.room_for(bundle)
     needs = f"The run needs {wanted(num_workers, bundle)}"
-    if room < num_workers and more < num_workers:
-        has = f"the cluster at {cluster} has room for {room} of the {num_workers} workers"
-        could = f", its autoscaler for {more} at the most" if more else ""
-        raise RequestError(f"{needs}; {has}{could}: {way_out(room or more, bundle)}")
+    has = f"the cluster at {cluster} has room for {room} of the {num_workers} workers"
+    if room < num_workers and not has_autoscaler():
+        raise RequestError(f"{needs}; {has}: {way_out(room, bundle)}")
     group = placement_group([bundle] * num_workers)
     try:
         if not group.wait(2):
             why = "resources that are in use" if room >= num_workers else "nodes that the autoscaler is starting"
             say(f"waiting up to {wait_s:.0f} s for {why}: {wanted(num_workers, bundle)}")
-            if not group.wait(wait_s):
-                raise RequestError(
-                    f"{needs}, and {why} on the cluster at {Cluster.current()} were not free after {wait_s:.0f} s: "
-                    "look at `ray status`, and try again later or with fewer --num-workers."
-                )
+            deadline = time.monotonic() + wait_s
+            while not group.wait(1):
+                if room < num_workers and is_beyond_the_autoscaler(group):
+                    raise RequestError(
+                        f"{needs}; {has}, and its autoscaler cannot add nodes enough: {way_out(room, bundle)}"
+                    )
+                if time.monotonic() > deadline:
+                    raise RequestError(
+                        f"{needs}, and {why} on the cluster at {Cluster.current()} were not free after {wait_s:.0f} s: "
+                        "look at `ray status`, and try again later or with fewer --num-workers."
+                    )
     finally:
         remove_placement_group(group)
     return Cluster.current()
@@ -129,29 +138,43 @@ def this_machines_cluster() -> str | None:
 
     `ray start` leaves it in a file for `ray.init()` to find; a cluster that died leaves the file behind.
     """
-    current = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
-    address = current.read_text().strip() if current.exists() else ""
+    from ray._private.utils import read_ray_address
+
+    address = read_ray_address()
     return address if address and unreachable(address) is None else None
 
 
 def check_address(address: str) -> None:
-    """Raises RequestError if nothing listens at host:port; Ray itself would try for half a minute."""
+    """Raises RequestError if no Ray head answers at host:port; Ray itself would try for half a minute, or for ever."""
     if address in ("auto", "local"):
         return
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or "/" in host:
+    if not host or not port.isdigit() or int(port) > 65535 or "/" in host:
         raise RequestError(f"--address {address} is not an address: give HOST:PORT, as `ray start --head` prints it.")
     if problem := unreachable(address):
         raise RequestError(f"--address {address} does not answer ({problem}): is `ray start --head` running there?")
 
 
 def unreachable(address: str) -> str | None:
-    """Why host:port cannot be connected to, or None."""
+    """Why no Ray head answers at host:port, or None: with anything else that listens there, Ray tries for ever."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return one_line(error)
+
+    import grpc  # type: ignore[import-untyped]
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    with init_grpc_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+        head = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        try:
+            request = gcs_service_pb2.CheckAliveRequest()  # type: ignore[attr-defined]
+            head.CheckAlive(request, timeout=ANSWER_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+                return "something listens there, but no Ray head"
     return None
 
 
@@ -181,12 +204,16 @@ def check_shared_storage(folder: RunFolder, cluster: Cluster) -> None:
     """
     if len(cluster.nodes) == 1:
         return
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    probe_from = ray.remote(num_cpus=0, max_retries=0)(_probe_from_node)
     with _probe(folder) as probe:
         probe.write("driver", b"driver")
         answers = [
-            _probe_from_node.options(  # type: ignore[attr-defined]
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(probe.storage_path, probe.name, node["NodeID"])
+            probe_from.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                probe.storage_path, probe.name, node["NodeID"]
+            )
             for node in cluster.nodes
         ]
         deadline = time.monotonic() + PROBE_TIMEOUT_S
@@ -201,7 +228,6 @@ def check_shared_storage(folder: RunFolder, cluster: Cluster) -> None:
                 )
 
 
-@ray.remote(num_cpus=0, max_retries=0)
 def _probe_from_node(storage_path: str, name: str, node_id: str) -> str | None:
     probe = RunFolder(storage_path, name)
     try:
@@ -214,6 +240,8 @@ def _probe_from_node(storage_path: str, name: str, node_id: str) -> str | None:
 
 
 def _answer(answer: Any, deadline: float) -> str | None:
+    import ray
+
     try:
         problem: str | None = ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
     except ray.exceptions.GetTimeoutError:

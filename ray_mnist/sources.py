@@ -81,7 +81,7 @@ class Source:
 def source_of(dataset: str) -> Source:
     """The source of that name. Raises RequestError for a name that is not in `SOURCES`."""
     if dataset not in SOURCES:
-        raise RequestError(f"There is no data set {dataset!r}: choose one of {', '.join(SOURCES)}.")
+        raise RequestError(f"--dataset {dataset} is not known: use one of {', '.join(SOURCES)}.")
     return SOURCES[dataset]
 
 

@@ -43,7 +43,7 @@ def follow(folder: RunFolder, max_epochs: int) -> Iterator[None]:
     def show_news() -> None:
         nonlocal shown_epochs, shown_failures
         for failure in failures(folder)[shown_failures:]:
-            say(f"failed: {'; '.join(failure)}; going on from the newest checkpoint")
+            say(f"failure: {'; '.join(failure)}")
             shown_failures += 1
         for row in read_metrics(folder)[shown_epochs:]:
             say(epoch_line(row, max_epochs))

@@ -11,13 +11,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import yaml
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from ray_mnist import terminal
 from ray_mnist.config import OPTIONS, RunConfig, global_seed
 from ray_mnist.errors import RequestError
 from ray_mnist.results import Outcome, Row, RunFolder, metrics_csv, one_line, throughput, to_json
-from ray_mnist.worker import Job
+from ray_mnist.worker import Job, quiet
 
 WAIT_FOR_NODES_S = 600
 
@@ -57,8 +57,9 @@ class Trainer:
         """Finds out here, rather than in a worker far away, what Lightning would not take."""
         with terminal.quiet():
             try:
-                defaults: dict[str, Any] = {"logger": False, "accelerator": "cpu"}
-                pl.Trainer(**(defaults | arguments))
+                # Lightning adds to the list of callbacks that it is given.
+                own: dict[str, Any] = {"accelerator": "cpu", "callbacks": list(arguments.get("callbacks", []))}
+                pl.Trainer(**(quiet() | arguments | own))
             except (TypeError, ValueError, MisconfigurationException) as error:
                 raise RequestError(f"Lightning's Trainer refuses its arguments: {one_line(error)}") from error
 

@@ -65,11 +65,12 @@ def run(job: Job, place: Place) -> Outcome:
     with folder.local_checkpoint(newest) as path:
         # weights_only would refuse hyperparameters that are objects; the file is the run's own.
         trainer.fit(job.model, datamodule=job.datamodule, ckpt_path=path, weights_only=False)
+    training_data: Any = trainer.train_dataloader
     outcome = Outcome(
         device=device_name(trainer),
         history=recorder.history,
         steps=trainer.global_step,
-        train_samples=len(trainer.train_dataloader.dataset),
+        train_samples=len(training_data.dataset),
         val_samples=recorder.val_samples,
         best_checkpoint=recorder.best,
         started=started,

@@ -1,8 +1,31 @@
 """What several test files share."""
 
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+
+# Ray reads these at import, and whatever the tests start inherits them.
+os.environ |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+os.environ.pop("RAY_ADDRESS", None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes: give --slow"))
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +35,51 @@ def mnist_files() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared folder with the published MNIST files is not beside the checkout")
     return folder
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python -m ray_mnist.<module> <arguments>` as a person would, in a folder of its own."""
+
+    def run(*arguments: str, module: str = "train", **options: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", f"ray_mnist.{module}", *arguments],
+            **{"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 240} | options,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """The address of a Ray cluster on this machine with eight logical CPUs, more than there are cores."""
+    with socket.socket() as free, tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        # In a folder of its own, nobody finds it who was not given its address.
+        options = f"--head --port {port} --num-cpus 8 --num-gpus 0 --include-dashboard false --temp-dir {folder}"
+        head = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", "start", *options.split(), "--block"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            # The workers import what the tests define.
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        )
+        address_file = Path(folder, "ray_current_cluster")
+        try:
+            wait_until(lambda: address_file.exists() and head.poll() is None, 60, "the Ray head to start")
+            yield address_file.read_text().strip()
+        finally:
+            processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+            for process in processes:
+                process.kill()
+            psutil.wait_procs(processes, timeout=30)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Returns once `condition()` holds; fails, naming `what` was waited for, if that takes longer."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.05)

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import RayError
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -51,6 +53,8 @@ def connection(config: RunConfig) -> Iterator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS") or preflight.this_machines_cluster()
     if address:
         preflight.check_address(address)
+        # What `ray start` does, and `ray.init` for a cluster it finds itself: show the token if this user has one.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
@@ -124,7 +128,11 @@ def train_function(config: dict[str, Any]) -> Outcome:
     """What each worker process runs."""
     worker = RayWorker(config["job"], config["use_gpu"])
     share_threads(worker.context.get_local_world_size())
-    return run(config["job"], worker)
+    try:
+        return run(config["job"], worker)
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # which would stay behind on this machine
+        raise
 
 
 class Failures(ray.train.UserCallback):
@@ -140,33 +148,39 @@ class Failures(ray.train.UserCallback):
         before = folder.read(FAILURES).decode() if folder.has(FAILURES) else ""
         folder.write(FAILURES, before + json.dumps({"workers": [failure.message for failure in failures]}) + "\n")
         for error in worker_exceptions.values():
-            if is_bug(cause(error)):
-                raise cause(error) if isinstance(cause(error), RequestError) else describe_all(worker_exceptions)
+            if is_bug(error):
+                raise error if isinstance(error, RequestError) else describe_all(worker_exceptions)
 
 
-def cause(error: Exception) -> BaseException:
-    """What the worker raised: Ray wraps it, and keeps the original in an attribute that is not public."""
-    return getattr(error, "_base_exc", error)
+def raised_by_training(error: Exception) -> bool:
+    """Whether it came out of `train_function`, which adds a note; a worker that died could not add one."""
+    return bool(getattr(error, "__notes__", None))
 
 
-def is_bug(error: BaseException) -> bool:
+def is_bug(error: Exception) -> bool:
     """Whether the error would come back on the next try.
 
-    A worker that dies or loses its peers shows as one of Ray's errors, or as the RuntimeError or OSError of a torch
-    collective; anything else was raised by the code that trains.
+    A worker that loses its peers raises one of Ray's errors, or the RuntimeError or OSError of a torch collective.
     """
-    return not isinstance(error, RayError | RuntimeError | OSError)
+    return raised_by_training(error) and not isinstance(error, RayError | RuntimeError | OSError)
 
 
 def describe(rank: int, error: Exception) -> TrainingError:
     """The failure of one worker."""
-    return TrainingError(f"worker {rank}: {type(cause(error)).__name__}: {one_line(cause(error))[:300]}", str(error))
+    if not raised_by_training(error):
+        return TrainingError(f"worker {rank} died: killed, out of memory, or its machine is gone", str(error))
+    message = f"worker {rank}: {type(error).__name__}: {one_line(error)[:300]}"
+    return TrainingError(message, "\n".join(error.__notes__))
 
 
 def describe_all(worker_exceptions: dict[int, Exception]) -> TrainingError:
-    """The failure of a group: the first bug in it says most, then the first failure of any kind."""
-    ranked = sorted(worker_exceptions.items(), key=lambda item: (not is_bug(cause(item[1])), item[0]))
-    return describe(*ranked[0])
+    """The failure of a group: a bug says most, then a death; what the others raised is often for want of a peer."""
+
+    def rank_of(item: tuple[int, Exception]) -> tuple[bool, bool, int]:
+        rank, error = item
+        return not is_bug(error), raised_by_training(error), rank
+
+    return describe(*min(worker_exceptions.items(), key=rank_of))
 
 
 def launch(job: Job, config: RunConfig) -> Outcome:
@@ -205,6 +219,8 @@ def launch(job: Job, config: RunConfig) -> Outcome:
             raise failure if known else TrainingError(one_line(failure)) from None
         except ray.train.WorkerGroupError as error:
             raise describe_all(error.worker_failures) from None
+        except (ray.train.TrainingFailedError, RayError) as error:
+            raise TrainingError(one_line(error)[:300], str(error)) from None
         return outcome
 
 

@@ -1,0 +1,469 @@
+"""A run in this process: what the run folder says, and a run that is stopped and goes on as if it never had been."""
+
+import csv
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer, sources
+from ray_mnist.results import CHECKPOINT, Row, RunFolder, checkpoint_name
+
+pytestmark = pytest.mark.timeout(120)
+
+STEPS_PER_EPOCH = 1151 // 64
+EPOCHS = 3
+LAST = EPOCHS * STEPS_PER_EPOCH
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment_as_before() -> Iterator[None]:
+    """`seed_everything` writes into the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+            patch.setenv(name, "0")
+            patch.delenv(name)
+        yield
+
+
+class Stopped(Exception):
+    """The run broke off."""
+
+
+class Stop(pl.Callback):
+    """Breaks the run off at the end of step `at`, by an error or by a signal to the process."""
+
+    def __init__(self, at: int, by: type[BaseException] | signal.Signals = Stopped) -> None:
+        self.at, self.by = at, by
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_step != self.at:
+            return
+        if isinstance(self.by, signal.Signals):
+            os.kill(os.getpid(), self.by)
+        else:
+            raise self.by
+
+
+class Start(pl.Callback):
+    """Sees at which step training starts."""
+
+    step = -1
+
+    def on_train_start(self, trainer: pl.Trainer, *_: object) -> None:
+        self.step = trainer.global_step
+
+
+@dataclass
+class Run:
+    model: pl.LightningModule
+    trainer: Trainer
+    folder: Path
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return json.loads((self.folder / "result.json").read_text())
+
+    @property
+    def history(self) -> list[Row]:
+        return self.trainer.result.history
+
+    def checkpoints(self) -> set[str]:
+        return {path.name for path in self.folder.glob("*checkpoint_*")}
+
+
+def train(
+    storage: Path, name: str, *, model: type[pl.LightningModule] = SimpleModel, weights: int = 1, **options: Any
+) -> Run:
+    """Trains on digits; `weights` seeds the model's first weights."""
+    torch.manual_seed(weights)
+    run = Run(
+        model(), Trainer(**({"max_epochs": EPOCHS} | options), storage_path=str(storage), name=name), storage / name
+    )
+    run.trainer.fit(run.model, MNISTDataModule("digits", seed=0))
+    run.trainer.test()
+    return run
+
+
+def train_in_a_process_of_its_own(storage: Path, stop: Stop) -> None:
+    train(storage, "stopped", checkpoint_every_n_steps=5, callbacks=[stop])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing happened to."""
+    return train(tmp_path_factory.mktemp("runs"), "whole")
+
+
+# The run folder
+
+
+def test_the_run_folder_has_every_file_of_the_contract(whole: Run) -> None:
+    plots = {f"plots/{name}.png" for name in ("loss", "accuracy", "confusion", "mistakes")}
+    checkpoint = f"{checkpoint_name(LAST)}/{CHECKPOINT}"
+    assert set(contents(whole.folder)) == {"config.yaml", "metrics.csv", "result.json", checkpoint, *plots}
+    assert set(os.listdir(whole.folder.parent)) == {"whole"}
+
+
+def test_the_result_has_the_keys_of_the_contract_in_their_order(whole: Run) -> None:
+    assert ", ".join(whole.result) == (
+        "name, dataset, model, device, num_workers, seed, epochs, steps, train_samples, val_samples, test_samples, "
+        "train_loss, val_loss, val_accuracy, test_loss, test_accuracy, samples_per_second, seconds, restarts, "
+        "best_checkpoint, versions"
+    )
+    assert list(whole.result["seconds"]) == ["startup", "fit", "test", "total"]
+
+
+def test_the_result_says_what_was_done(whole: Run) -> None:
+    told = {
+        "name": "whole",
+        "dataset": "digits",
+        "model": "SimpleModel",
+        "device": "cpu",
+        "num_workers": 0,
+        "seed": 0,
+        "epochs": EPOCHS,
+        "steps": LAST,
+        "train_samples": 1151,
+        "val_samples": 287,
+        "test_samples": 359,
+        "restarts": 0,
+        "best_checkpoint": checkpoint_name(LAST),
+    }
+    assert {key: whole.result[key] for key in told} == told
+    seconds = whole.result["seconds"]
+    assert 0 < seconds["fit"] + seconds["test"] < seconds["total"]
+    assert whole.result["versions"]["torch"] == torch.__version__
+
+
+def test_the_files_agree_with_each_other(whole: Run) -> None:
+    with (whole.folder / "metrics.csv").open() as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert rows == whole.history
+    assert ", ".join(rows[0]) == "epoch, step, train_loss, val_loss, val_accuracy, samples_per_second, seconds"
+    assert [(row["epoch"], row["step"]) for row in rows] == [(n, n * STEPS_PER_EPOCH) for n in (1, 2, 3)]
+    for key in ("train_loss", "val_loss", "val_accuracy"):
+        assert whole.result[key] == rows[-1][key]
+    assert whole.result == whole.trainer.result.values
+    assert whole.trainer.test() == [{key: whole.result[key] for key in ("test_loss", "test_accuracy")}]
+    # Every epoch trains on equally many samples, so that the run's rate follows from the epochs'.
+    rates = [row["samples_per_second"] for row in rows]
+    assert whole.result["samples_per_second"] == pytest.approx(EPOCHS / sum(1 / rate for rate in rates))
+
+
+def test_the_config_says_what_was_asked_for(whole: Run) -> None:
+    config = yaml.safe_load((whole.folder / "config.yaml").read_text())
+    asked = {"name": "whole", "max_epochs": EPOCHS, "seed": 0, "num_workers": 0, "resume": False}
+    assert {key: config[key] for key in asked} == asked
+    assert config["model"]["class_path"] == "ray_mnist.models.SimpleModel"
+    assert config["model"]["init_args"] == {
+        "lr": 1e-3,
+        "schedule": "constant",
+        "input_shape": [1, 28, 28],
+        "num_classes": 10,
+    }
+    assert config["data"]["init_args"]["dataset"] == "digits"
+    assert config["data"]["init_args"]["batch_size"] == 64
+
+
+def test_the_plots_are_pictures(whole: Run) -> None:
+    for name in ("loss", "accuracy", "confusion", "mistakes"):
+        with Image.open(whole.folder / f"plots/{name}.png") as picture:
+            assert picture.format == "PNG"
+            assert all(400 <= length <= 2000 for length in picture.size)
+            assert len(picture.convert("RGB").getcolors(1_000_000)) > 20, f"{name} is blank"
+
+
+def test_the_same_seed_gives_the_same_run(whole: Run, tmp_path: Path) -> None:
+    assert_same_training(train(tmp_path, "again"), whole)
+
+
+# The test, recomputed with nothing but torch
+
+
+def plain_accuracy(checkpoint: Path) -> float:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+    state = torch.load(checkpoint / CHECKPOINT, weights_only=False)["state_dict"]
+    net.load_state_dict({name.removeprefix("net."): value for name, value in state.items()})
+    data = sources.load("digits", Path())
+    right = net(data.test_images / 255).argmax(1) == data.test_labels
+    return right.sum().item() / len(data.test_labels)
+
+
+class WorseAndWorse(SimpleModel):
+    """Its first epoch is its best, by what it says."""
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", float(self.current_epoch), batch_size=len(batch[1]))
+
+
+def test_the_test_accuracy_is_the_best_checkpoints_to_the_last_digit(whole: Run, tmp_path: Path) -> None:
+    assert whole.result["test_accuracy"] == plain_accuracy(whole.folder / checkpoint_name(LAST))
+    worse = train(tmp_path, "worse", model=WorseAndWorse)
+    first, newest = checkpoint_name(STEPS_PER_EPOCH), checkpoint_name(LAST)
+    assert worse.result["best_checkpoint"] == first
+    assert worse.result["test_accuracy"] == plain_accuracy(worse.folder / first)
+    assert worse.result["test_accuracy"] != plain_accuracy(worse.folder / newest)
+
+
+def test_only_newest_and_best_checkpoint_are_kept(tmp_path: Path) -> None:
+    better = train(tmp_path, "better", checkpoint_every_n_steps=5)
+    assert better.checkpoints() == {checkpoint_name(LAST)}
+    worse = train(tmp_path, "worse", model=WorseAndWorse, checkpoint_every_n_steps=5)
+    assert worse.checkpoints() == {checkpoint_name(STEPS_PER_EPOCH), checkpoint_name(LAST)}
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_the_best_is_chosen_among_the_epochs_that_were_validated(tmp_path: Path, epochs: int) -> None:
+    run = train(tmp_path, "run", max_epochs=epochs, check_val_every_n_epoch=2)
+    assert run.result["best_checkpoint"] == checkpoint_name(2 * STEPS_PER_EPOCH)
+
+
+# Stopped, and resumed
+
+
+def assert_same_training(run: Run, whole: Run) -> None:
+    """The same weights, bit for bit, and the same validation after every epoch."""
+    weights, expected = run.model.state_dict(), whole.model.state_dict()
+    assert list(weights) == list(expected)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    validated = ("epoch", "step", "val_loss", "val_accuracy")
+    assert [[row[name] for name in validated] for row in run.history] == [
+        [row[name] for name in validated] for row in whole.history
+    ]
+    same = ("steps", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "best_checkpoint")
+    assert {key: run.result[key] for key in same} == {key: whole.result[key] for key in same}
+
+
+def stopped(storage: Path, at: int, **options: Any) -> set[str]:
+    """Breaks a run off at the end of step `at`; returns the checkpoints it leaves."""
+    with pytest.raises(Stopped):
+        train(storage, "stopped", callbacks=[Stop(at)], **options)
+    return set(RunFolder(str(storage), "stopped").checkpoints())
+
+
+def resumed(storage: Path, *, starts_at: int, **options: Any) -> Run:
+    """Goes on, from other first weights: all that counts is the checkpoint's."""
+    start = Start()
+    run = train(storage, "stopped", weights=2, resume=True, callbacks=[start], **options)
+    assert start.step == starts_at
+    return run
+
+
+def test_a_run_killed_inside_an_epoch_goes_on_at_the_next_sample(whole: Run, tmp_path: Path) -> None:
+    stop = Stop(at=STEPS_PER_EPOCH + 7, by=signal.SIGKILL)
+    process = multiprocessing.get_context("spawn").Process(target=train_in_a_process_of_its_own, args=(tmp_path, stop))
+    process.start()
+    process.join(100)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "stopped/result.json").exists()
+    assert_same_training(resumed(tmp_path, starts_at=20, checkpoint_every_n_steps=5), whole)
+
+
+@pytest.mark.parametrize(
+    ("at", "starts_at", "every"),
+    [
+        (STEPS_PER_EPOCH + 1, STEPS_PER_EPOCH, None),
+        (LAST, 2 * STEPS_PER_EPOCH, None),
+        (9, 5, 5),
+        (STEPS_PER_EPOCH, 16, 4),
+        (STEPS_PER_EPOCH + 1, STEPS_PER_EPOCH, 1),
+        (40, 39, 3),
+    ],
+)
+def test_a_run_that_breaks_off_anywhere_goes_on_from_its_newest_checkpoint(
+    whole: Run, tmp_path: Path, at: int, starts_at: int, every: int | None
+) -> None:
+    left = stopped(tmp_path, at, checkpoint_every_n_steps=every)
+    assert max(left) == checkpoint_name(starts_at)
+    assert_same_training(resumed(tmp_path, starts_at=starts_at, checkpoint_every_n_steps=every), whole)
+
+
+def test_a_run_may_be_stopped_again_and_again(whole: Run, tmp_path: Path) -> None:
+    stopped(tmp_path, 9, checkpoint_every_n_steps=4)
+    for at in (14, 26, 45):
+        stopped(tmp_path, at, checkpoint_every_n_steps=4, resume=True)
+    assert_same_training(resumed(tmp_path, starts_at=44, checkpoint_every_n_steps=4), whole)
+
+
+class Dropped(SimpleModel):
+    """Draws random numbers in every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.insert(3, nn.Dropout(0.5))
+
+
+@pytest.mark.parametrize(("at", "starts_at"), [(STEPS_PER_EPOCH + 1, STEPS_PER_EPOCH), (24, 20)])
+def test_a_model_that_draws_random_numbers_goes_on_with_the_same(tmp_path: Path, at: int, starts_at: int) -> None:
+    whole = train(tmp_path, "whole", model=Dropped)
+    stopped(tmp_path, at, model=Dropped, checkpoint_every_n_steps=5)
+    assert_same_training(
+        resumed(tmp_path, model=Dropped, starts_at=starts_at, checkpoint_every_n_steps=5),
+        whole,
+    )
+
+
+@pytest.mark.parametrize("kept", [0, 1000, -100])
+def test_a_newest_checkpoint_that_was_cut_off_is_passed_over(whole: Run, tmp_path: Path, kept: int) -> None:
+    assert stopped(tmp_path, 24, checkpoint_every_n_steps=5) == {checkpoint_name(17), checkpoint_name(20)}
+    newest = tmp_path / "stopped" / checkpoint_name(20) / CHECKPOINT
+    newest.write_bytes(newest.read_bytes()[:kept])
+    assert_same_training(resumed(tmp_path, starts_at=17, checkpoint_every_n_steps=5), whole)
+    assert set(RunFolder(str(tmp_path), "stopped").checkpoints()) == {checkpoint_name(LAST)}
+
+
+def test_a_run_that_was_killed_in_its_test_is_tested(whole: Run, tmp_path: Path) -> None:
+    class StopInTest(pl.Callback):
+        def on_test_start(self, *_: object) -> None:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(tmp_path, "stopped", callbacks=[StopInTest()])
+    assert_same_training(train(tmp_path, "stopped", weights=2, resume=True), whole)
+
+
+def test_a_resumed_run_may_train_for_more_epochs(whole: Run, tmp_path: Path) -> None:
+    train(tmp_path, "stopped", max_epochs=1)
+    assert_same_training(resumed(tmp_path, starts_at=STEPS_PER_EPOCH), whole)
+
+
+@pytest.fixture
+def interrupts() -> Iterator[Any]:
+    """The process's answer to Ctrl-C, which Lightning changes."""
+    before = signal.getsignal(signal.SIGINT)
+    yield before
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_says_how_to_go_on_and_works_again_afterwards(tmp_path: Path, interrupts: Any) -> None:
+    for name, at, way_out in (
+        ("late", 20, f"go on with `python -m ray_mnist.train --resume --name late --storage-path {tmp_path}`"),
+        ("early", 2, "there is no checkpoint yet; delete "),
+    ):
+        with pytest.raises(KeyboardInterrupt, match=way_out):
+            train(tmp_path, name, callbacks=[Stop(at, by=signal.SIGINT)])
+        assert signal.getsignal(signal.SIGINT) is interrupts
+        assert (tmp_path / name).is_dir()
+
+
+# Names
+
+
+def test_a_name_that_is_taken_is_refused_and_its_run_left_as_it_is(whole: Run) -> None:
+    before = contents(whole.folder)
+    with pytest.raises(RequestError) as error:
+        train(whole.folder.parent, "whole")
+    assert str(error.value) == (
+        f"The run folder {whole.folder} exists: give --resume to go on with it, or another --name."
+    )
+    assert contents(whole.folder) == before
+    assert os.listdir(whole.folder.parent) == ["whole"]
+
+
+def test_there_is_nothing_to_resume_where_there_is_no_checkpoint(tmp_path: Path) -> None:
+    storage = tmp_path / "runs"
+    with pytest.raises(RequestError, match=r"there is no checkpoint in .*/none, so there is nothing to go on with"):
+        train(storage, "none", resume=True)
+    assert not storage.exists()
+    with pytest.raises(RequestError, match="--resume needs --name"):
+        Trainer(resume=True)
+
+
+def test_a_run_that_cannot_start_leaves_nothing(tmp_path: Path) -> None:
+    trainer = Trainer(storage_path=str(tmp_path / "runs"), name="run")
+    with pytest.raises(RequestError, match="more than the 1151 training samples"):
+        trainer.fit(SimpleModel(), MNISTDataModule("digits", batch_size=2000))
+    with pytest.raises(RequestError, match="There is no result yet: call fit first"):
+        trainer.test()
+    assert not (tmp_path / "runs").exists()
+
+
+# Models and data of one's own
+
+
+class Own(pl.LightningModule):
+    """Knows nothing of this project, and logs nothing but a metric of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(784, 12)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
+        self.log("own_loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class OwnWithLogits(Own):
+    """Tells more classes apart than the data has names for."""
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return {"logits": self.layer(batch[0].flatten(1))}
+
+
+@pytest.mark.parametrize(("model", "plots"), [(Own, set()), (OwnWithLogits, {"confusion.png", "mistakes.png"})])
+def test_a_model_of_ones_own_trains(tmp_path: Path, model: type[Own], plots: set[str]) -> None:
+    run = train(tmp_path, "own", model=model)
+    assert {run.result[key] for key in ("train_loss", "val_loss", "val_accuracy", "test_loss", "test_accuracy")} == {
+        None
+    }
+    assert (run.result["steps"], run.result["test_samples"]) == (LAST, 359)
+    # Without a val_loss the newest checkpoint is the best.
+    assert run.result["best_checkpoint"] == checkpoint_name(LAST)
+    assert run.checkpoints() == {checkpoint_name(LAST)}
+    assert run.history[-1]["own_loss"] < run.history[0]["own_loss"]
+    assert (
+        (run.folder / "metrics.csv")
+        .read_text()
+        .startswith("epoch,step,train_loss,val_loss,val_accuracy,own_loss,samples_per_second,seconds\n1,17,,,,")
+    )
+    assert {path.name for path in run.folder.glob("plots/*")} == plots
+
+
+def test_a_datamodule_of_ones_own_trains_on_what_is_no_image(tmp_path: Path) -> None:
+    data = sources.load("digits", Path())
+    train_set = TensorDataset(data.train_images[:640].flatten(1) / 255, data.train_labels[:640])
+    test_set = TensorDataset(data.test_images[:103].flatten(1) / 255, data.test_labels[:103])
+    datamodule = pl.LightningDataModule.from_datasets(train_set, test_dataset=test_set, batch_size=32)
+    trainer = Trainer(storage_path=str(tmp_path), name="own", max_epochs=1)
+    trainer.fit(OwnWithLogits(), datamodule)
+    values = trainer.result.values
+    assert values["dataset"] == "LightningDataModule"
+    counts = [values[key] for key in ("steps", "train_samples", "val_samples", "test_samples")]
+    assert counts == [20, 640, 0, 103]
+    assert os.listdir(tmp_path / "own/plots") == ["confusion.png"]
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_callbacks_are_ones_own_and_left_as_they_are(tmp_path: Path, several: bool) -> None:
+    start = Start()
+    callbacks = [start]
+    train(tmp_path, "run", max_epochs=1, callbacks=callbacks if several else start)
+    assert start.step == 0
+    assert callbacks == [start]

@@ -1,0 +1,183 @@
+"""Training on Ray: the same result at every number of workers, and nothing lost when something dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import pytorch_lightning as pl
+import ray
+import torch
+from conftest import wait_until
+
+from ray_mnist import MNISTDataModule, SimpleModel, Trainer
+from ray_mnist.errors import RequestError, TrainingError
+from ray_mnist.results import CHECKPOINT, RunFolder, read_metrics
+
+EPOCHS = 3
+STEPS_PER_EPOCH = 17  # digits: 1,151 training samples in global batches of 64
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_cluster: str) -> Iterator[None]:
+    """This process, connected to the tests' cluster: each `Trainer` uses the connection and leaves it."""
+    ray.init(address=ray_cluster, log_to_driver=False, logging_level="ERROR")
+    yield
+    assert ray.is_initialized(), "a Trainer closed a connection that was not its own"
+    ray.shutdown()
+
+
+def fit(folder: Path, name: str, num_workers: int, **arguments: Any) -> Trainer:
+    """A run over digits from the same start."""
+    pl.seed_everything(3, verbose=False)
+    trainer = Trainer(
+        **{"max_epochs": EPOCHS, "storage_path": str(folder), "name": name} | arguments, num_workers=num_workers
+    )
+    trainer.fit(SimpleModel(), MNISTDataModule(dataset="digits"))
+    return trainer
+
+
+def final_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """Those of the newest checkpoint, which must be of the last step."""
+    newest = RunFolder(str(folder), name).checkpoints()[0]
+    checkpoint = torch.load(folder / name / newest / CHECKPOINT, weights_only=False)
+    assert checkpoint["global_step"] == EPOCHS * STEPS_PER_EPOCH
+    return {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("net.")}
+
+
+@pytest.fixture(scope="module")
+def two_workers(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of an undisturbed run on two workers."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    fit(folder, "two", num_workers=2)
+    return folder / "two"
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((run / "result.json").read_text())
+    return values
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 4])
+def test_the_loss_curve_does_not_depend_on_the_number_of_workers(
+    num_workers: int, two_workers: Path, tmp_path: Path
+) -> None:
+    trainer = fit(tmp_path, "run", num_workers)
+    other = read_metrics(RunFolder(str(two_workers.parent), "two"))
+    assert len(trainer.result.history) == len(other) == EPOCHS
+    for mine, theirs in zip(trainer.result.history, other, strict=True):
+        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+        assert mine["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
+        assert mine["val_accuracy"] == theirs["val_accuracy"]
+    mine, theirs = trainer.result.values, result_of(two_workers)
+    assert (mine["num_workers"], theirs["num_workers"]) == (num_workers, 2)
+    for key in ("steps", "train_samples", "val_samples", "test_samples", "test_accuracy", "best_checkpoint"):
+        assert mine[key] == theirs[key], key
+    assert (mine["train_samples"], mine["val_samples"], mine["test_samples"]) == (1151, 287, 359)
+
+
+class DieOnce(pl.Callback):
+    """Kills the worker of `rank` after `step` optimizer steps, the first time it gets there."""
+
+    def __init__(self, marker: Path, rank: int, step: int) -> None:
+        self.marker, self.rank, self.step = marker, rank, step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == self.step and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_worker_costs_no_sample(rank: int, two_workers: Path, tmp_path: Path) -> None:
+    killer = DieOnce(tmp_path / "killed", rank, step=STEPS_PER_EPOCH + 8)
+    trainer = fit(tmp_path, "run", 2, callbacks=[killer], checkpoint_every_n_steps=5, max_failures=1)
+    assert killer.marker.exists()
+    assert trainer.result.values["restarts"] == 1
+    undisturbed = final_weights(two_workers.parent, "two")
+    for key, value in final_weights(tmp_path, "run").items():
+        assert torch.equal(value, undisturbed[key]), key
+    assert [row["val_loss"] for row in trainer.result.history] == [
+        row["val_loss"] for row in read_metrics(RunFolder(str(two_workers.parent), "two"))
+    ]
+
+
+def test_failures_beyond_the_limit_end_the_run_in_one_sentence(cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="worker 1 died: killed, out of memory"):
+        fit(tmp_path, "run", 2, callbacks=[DieOnce(tmp_path / "killed", 1, step=2)], max_failures=0)
+
+
+class BuggyModel(SimpleModel):
+    """Has a bug that trying again does not mend."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        raise KeyError("a bug in the model")
+
+
+def test_a_bug_is_not_tried_again(cluster: None, tmp_path: Path) -> None:
+    trainer = Trainer(max_epochs=1, num_workers=2, storage_path=str(tmp_path), name="run", max_failures=3)
+    with pytest.raises(TrainingError, match=r"worker 0: KeyError: 'a bug in the model'") as failure:
+        trainer.fit(BuggyModel(), MNISTDataModule(dataset="digits"))
+    assert "training_step" in failure.value.details
+    assert len((tmp_path / "run" / "failures.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_batch_that_the_workers_cannot_share_is_refused(cluster: None, tmp_path: Path) -> None:
+    trainer = Trainer(num_workers=3, storage_path=str(tmp_path), name="run")
+    with pytest.raises(RequestError, match=r"--batch-size 100 .* 3 workers cannot share it equally: use 99"):
+        trainer.fit(SimpleModel(), MNISTDataModule(dataset="digits", batch_size=100))
+    assert list(tmp_path.iterdir()) == []
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A run on two workers and a Ray of its own, as a person would start it."""
+    options = {"--dataset": "digits", "--num-workers": 2, "--seed": 3, "--name": "run", "--checkpoint-every-n-steps": 5}
+    return subprocess.Popen(
+        [sys.executable, "-m", "ray_mnist.train", *(f"{key}={value}" for key, value in options.items()), *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_whose_driver_ends_leaves_nothing_and_resumes(how: signal.Signals, tmp_path: Path, command: Any) -> None:
+    driver = start(tmp_path, "--max-epochs", "1000")
+    folder = RunFolder(str(tmp_path / "runs"), "run")
+    try:
+        wait_until(lambda: len(folder.checkpoints()) > 0 or driver.poll() is not None, 120, "the first checkpoint")
+        started = descendants(driver.pid)
+        driver.send_signal(how)
+        output, _ = driver.communicate(timeout=10)
+        _, alive = psutil.wait_procs(started, timeout=10)
+    finally:
+        driver.kill()
+    if how == signal.SIGKILL:
+        # Nobody is left to end Ray's agents, which notice that they are alone after a minute or two.
+        agents = [process for process in alive if process.name().endswith("Agent")]
+        for process in agents:
+            process.kill()
+        alive = list(set(alive) - set(agents))
+    assert started
+    assert not alive
+    assert driver.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[how], output
+    if how == signal.SIGINT:
+        assert output.splitlines()[-1] == "interrupted: go on with `python -m ray_mnist.train --resume --name run`"
+    newest = int(folder.checkpoints()[0].removeprefix("checkpoint_"))
+    epochs = newest // STEPS_PER_EPOCH + 2
+    done = command("--resume", "--name", "run", "--max-epochs", str(epochs))
+    assert done.returncode == 0, done.stderr
+    result = result_of(tmp_path / "runs" / "run")
+    assert (result["epochs"], result["steps"]) == (epochs, epochs * STEPS_PER_EPOCH)
+    assert [row["epoch"] for row in read_metrics(folder)] == list(range(1, epochs + 1))
