@@ -69,7 +69,7 @@ def is_beyond_the_autoscaler(group: Any) -> bool:
     from ray._private.worker import global_worker
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 
-    status = GetClusterStatusReply.FromString(global_worker.gcs_client.get_cluster_status())
+    status = GetClusterStatusReply.FromString(global_worker.gcs_client.get_cluster_status())  # type: ignore[attr-defined]
     infeasible = status.autoscaling_state.infeasible_gang_resource_requests
     return any(request.details.startswith(group.id.hex()) for request in infeasible)
 
