@@ -132,5 +132,5 @@ def _make(parser: Parser, config: Namespace, name: str) -> Any:
 
 def plain(parser: Parser, config: Namespace) -> dict[str, Any]:
     """`config` as `config.yaml` has it: nothing but YAML's own types."""
-    whole: dict[str, Any] = yaml.safe_load(parser.dump(config))
+    whole: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False))
     return whole

@@ -20,6 +20,7 @@ import pyarrow.fs
 from ray_mnist.errors import RequestError
 
 CHECKPOINT = "checkpoint.ckpt"
+FAILURES = "failures.jsonl"
 Row = dict[str, float]
 
 
@@ -174,6 +175,15 @@ def read_metrics(folder: RunFolder) -> list[Row]:
     except FileNotFoundError:
         return []
     return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(io.StringIO(text))]
+
+
+def read_failures(folder: RunFolder) -> list[list[str]]:
+    """What went wrong with the workers: a list of sentences for each time that some failed."""
+    try:
+        text = folder.read(FAILURES).decode()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line)["workers"] for line in text.splitlines()]
 
 
 def throughput(history: list[Row]) -> float | None:

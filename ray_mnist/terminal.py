@@ -1,6 +1,5 @@
 """What a person sees: a header, a line an epoch, a summary; and errors in one sentence."""
 
-import json
 import logging
 import sys
 import threading
@@ -12,10 +11,9 @@ from contextlib import contextmanager
 from rich.console import Console
 
 from ray_mnist.errors import RequestError, TrainingError
-from ray_mnist.results import Row, RunFolder, one_line, read_metrics
+from ray_mnist.results import Row, RunFolder, one_line, read_failures, read_metrics
 
 POLL_S = 0.3
-FAILURES = "failures.jsonl"
 NOISY_LOGGERS = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "ray", "py.warnings")
 
 console = Console(highlight=False, soft_wrap=True)
@@ -37,12 +35,12 @@ def epoch_line(row: Row, max_epochs: int) -> str:
 @contextmanager
 def follow(folder: RunFolder, max_epochs: int) -> Iterator[None]:
     """Prints each epoch and each failure as the workers, wherever they are, write them into the run folder."""
-    shown_epochs, shown_failures = len(read_metrics(folder)), len(failures(folder))
+    shown_epochs, shown_failures = len(read_metrics(folder)), len(read_failures(folder))
     finished = threading.Event()
 
     def show_news() -> None:
         nonlocal shown_epochs, shown_failures
-        for failure in failures(folder)[shown_failures:]:
+        for failure in read_failures(folder)[shown_failures:]:
             say(f"failure: {'; '.join(failure)}")
             shown_failures += 1
         for row in read_metrics(folder)[shown_epochs:]:
@@ -61,15 +59,6 @@ def follow(folder: RunFolder, max_epochs: int) -> Iterator[None]:
         finished.set()
         watcher.join()
         show_news()
-
-
-def failures(folder: RunFolder) -> list[list[str]]:
-    """What went wrong with the workers, one list of sentences for each time the run started anew."""
-    try:
-        text = folder.read(FAILURES).decode()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line)["workers"] for line in text.splitlines()]
 
 
 @contextmanager
@@ -96,6 +85,8 @@ def exit_status(command: Callable[[], None]) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except TrainingError as error:
+        if error.details:
+            print(error.details, file=sys.stderr)
         print(f"error: training failed: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:

@@ -17,8 +17,9 @@ def train() -> None:
     model, datamodule = commandline.instantiate(parser, config)
     trainer = Trainer(config=commandline.plain(parser, config), **{name: config[name] for name in OPTIONS})
     trainer.fit(model, datamodule)
-    values, path = trainer.result.values, trainer.result.path
-    terminal.say(f"test accuracy {values['test_accuracy']} on {values['test_samples']:,} images; run folder {path}")
+    values = trainer.result.values
+    accuracy = "none" if values["test_accuracy"] is None else f"{values['test_accuracy']:.4f}"
+    terminal.say(f"test accuracy {accuracy} on {values['test_samples']:,} samples; run folder {trainer.result.path}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from ray_mnist import terminal
 from ray_mnist.config import OPTIONS, RunConfig, global_seed
 from ray_mnist.errors import RequestError
-from ray_mnist.results import Outcome, Row, RunFolder, metrics_csv, one_line, throughput, to_json
+from ray_mnist.results import Outcome, Row, RunFolder, metrics_csv, one_line, read_failures, throughput, to_json
 from ray_mnist.worker import Job, quiet
 
 WAIT_FOR_NODES_S = 600
@@ -29,6 +29,7 @@ class Result:
     path: str
     values: dict[str, Any]
     history: list[Row] = field(repr=False)
+    test_metrics: dict[str, float] = field(repr=False)
 
 
 class Trainer:
@@ -97,7 +98,7 @@ class Trainer:
                     folder.remove()
                 raise
             except KeyboardInterrupt:
-                raise KeyboardInterrupt(how_to_resume(folder, name, self.config)) from None
+                raise KeyboardInterrupt(how_to_resume(name, self.config)) from None
             self._result = self._write_result(folder, model, datamodule, outcome, started)
 
     @property
@@ -113,11 +114,11 @@ class Trainer:
 
     def test(self) -> list[dict[str, float]]:
         """The exact test metrics of the best checkpoint of the last `fit`, as Lightning's `test` returns them."""
-        return [{key: value for key, value in self.result.values.items() if key in ("test_loss", "test_accuracy")}]
+        return [self.result.test_metrics]
 
     def _check_name(self, folder: RunFolder) -> None:
-        if self.config.resume and not folder.checkpoints():
-            raise RequestError(f"--resume: there is no checkpoint in {folder}, so there is nothing to go on with.")
+        if self.config.resume and not folder.has("config.yaml"):
+            raise RequestError(f"--resume: there is no run in {folder} to go on with.")
         if not self.config.resume and folder.exists():
             raise RequestError(f"The run folder {folder} exists: give --resume to go on with it, or another --name.")
 
@@ -180,14 +181,14 @@ class Trainer:
                 "test": outcome.test_seconds,
                 "total": time.time() - started,
             },
-            "restarts": len(terminal.failures(folder)),
+            "restarts": len(read_failures(folder)),
             "best_checkpoint": outcome.best_checkpoint,
             "versions": versions(),
         }
         folder.write("metrics.csv", metrics_csv(outcome.history))
         folder.write("result.json", to_json(values))
         plots.draw(folder, outcome, getattr(datamodule, "class_names", None))
-        return Result(path=str(folder), values=values, history=outcome.history)
+        return Result(path=str(folder), values=values, history=outcome.history, test_metrics=outcome.test_metrics)
 
 
 def default_name(model: Any, datamodule: Any) -> str:
@@ -219,10 +220,8 @@ def plain(hparams: Any) -> dict[str, Any]:
     }
 
 
-def how_to_resume(folder: RunFolder, name: str, config: RunConfig) -> str:
+def how_to_resume(name: str, config: RunConfig) -> str:
     """The command that goes on with an interrupted run."""
-    if not folder.checkpoints():
-        return f"there is no checkpoint yet; delete {folder} to use its name again"
     where = "" if config.storage_path == RunConfig().storage_path else f" --storage-path {config.storage_path}"
     return f"go on with `python -m ray_mnist.train --resume --name {name}{where}`"
 

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ray_mnist.callbacks import Mistakes, Recorder
+from ray_mnist.data import MNISTDataModule
 from ray_mnist.results import Outcome, Row, RunFolder, metrics_csv
 
 
@@ -58,7 +60,9 @@ def run(job: Job, place: Place) -> Outcome:
 
     recorder, mistakes = Recorder(report, job.checkpoint_every_n_steps), Mistakes()
     callbacks = [*job.lightning.get("callbacks", []), recorder, mistakes]
-    trainer = pl.Trainer(**(quiet() | job.lightning | place.lightning() | {"callbacks": callbacks}))
+    # MNISTDataModule brings samplers of its own, which pad and repeat nothing; others are given Lightning's.
+    sampler = {"use_distributed_sampler": not isinstance(job.datamodule, MNISTDataModule)}
+    trainer = pl.Trainer(**(quiet() | sampler | job.lightning | place.lightning() | {"callbacks": callbacks}))
 
     newest = place.agree(next(iter(folder.checkpoints()), None))
     clock = time.monotonic()
@@ -77,6 +81,8 @@ def run(job: Job, place: Place) -> Outcome:
         fit_seconds=time.monotonic() - clock,
     )
 
+    if not (is_overridden("test_step", job.model) and is_overridden("test_dataloader", job.datamodule)):
+        return outcome
     clock = time.monotonic()
     with folder.local_checkpoint(outcome.best_checkpoint) as path:
         tested = trainer.test(job.model, datamodule=job.datamodule, ckpt_path=path, verbose=False, weights_only=False)
@@ -93,8 +99,6 @@ def quiet() -> dict[str, Any]:
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
-        # MNISTDataModule brings samplers of its own, which pad and repeat nothing.
-        "use_distributed_sampler": False,
     }
 
 

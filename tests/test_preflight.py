@@ -218,6 +218,7 @@ def autoscaling_cluster(folder: Path) -> Iterator[str]:
                     "type": "external",
                     "module": f"{provider}.FakeMultiNodeProvider",
                     "gcs_address": address,
+                    "head_node_id": FAKE_HEAD_NODE_ID,
                     "launch_multiple": True,
                 },
                 "head_node_type": "ray.head.default",
@@ -226,7 +227,11 @@ def autoscaling_cluster(folder: Path) -> Iterator[str]:
                     "gpu": {"resources": {"CPU": 2, "GPU": 1}, "node_config": {}, "max_workers": 2},
                 },
                 **{f"{name}_commands": [] for name in commands},
-                "file_mounts": {},
+                **{name: {} for name in ("auth", "file_mounts")},
+                **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+                "file_mounts_sync_continuously": False,
+                "idle_timeout_minutes": 5,
+                "upscaling_speed": 10,
             }
         )
     )

@@ -1,5 +1,6 @@
 """Trains in this process, without Ray."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,15 @@ class ThisProcess:
 
 def launch(job: Job, use_gpu: bool) -> Outcome:
     """Fits and tests here."""
-    return run(job, ThisProcess(job, use_gpu))
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        return run(job, ThisProcess(job, use_gpu))
+    except SystemExit as end:
+        # Lightning answers Ctrl-C by leaving the process, and is deaf to it from then on.
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, on_interrupt)
+        raise KeyboardInterrupt from None
 
 
 def check(use_gpu: bool) -> None:

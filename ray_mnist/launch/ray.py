@@ -20,10 +20,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray_mnist import preflight
 from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError, TrainingError
-from ray_mnist.results import Outcome, Row, RunFolder, one_line
+from ray_mnist.results import FAILURES, Outcome, Row, RunFolder, one_line
 from ray_mnist.worker import Job, run, share_threads
 
-FAILURES = "failures.jsonl"
 START_TIMEOUT_S = 120
 
 # Ray Train reads these when a run starts. A value that is set already is somebody's wish and stays.
