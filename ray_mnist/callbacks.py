@@ -1,11 +1,16 @@
-"""What watches a worker train: Recorder measures, checkpoints and reports; Mistakes looks at the test."""
+"""What goes along with a worker's training.
 
+Recorder measures, checkpoints and reports; Randomness seeds each step; Mistakes looks at the test.
+"""
+
+import random
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
@@ -62,6 +67,7 @@ class Recorder(Checkpoint):
         self._epoch_started = time.monotonic()
         self._validation_seconds = 0.0
         self._trained_samples = 0
+        self._validated = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -87,6 +93,7 @@ class Recorder(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is not training time."""
         self.val_samples = total(trainer, self.val_samples)
+        self._validated = True
         self._validation_seconds += time.monotonic() - self._evaluation_started
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,11 +101,17 @@ class Recorder(Checkpoint):
         seconds = time.monotonic() - self._epoch_started
         samples = total(trainer, self._trained_samples)
         row: Row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
-        row |= {name: value.item() for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        row |= {
+            name: value.item()
+            for name, value in trainer.callback_metrics.items()
+            # Lightning keeps the metrics of an earlier epoch's validation.
+            if value.numel() == 1 and (self._validated or not name.startswith("val"))
+        }
         row |= {"samples_per_second": samples / (seconds - self._validation_seconds), "seconds": seconds}
         self.history.append(row)
-        score = row.get(MONITOR, -row["epoch"])  # without validation the newest is the best
-        if score < self.best_score:
+        score = row.get(MONITOR, float("inf"))
+        # As long as nothing was validated, the newest is the best.
+        if score < self.best_score or self.best_score == float("inf"):
             self.best_score, self.best = score, checkpoint_name(trainer.global_step)
         self._save(trainer, row)
 
@@ -107,6 +120,24 @@ class Recorder(Checkpoint):
         with tempfile.TemporaryDirectory(prefix="ray_mnist-") as folder:
             trainer.save_checkpoint(Path(folder, CHECKPOINT))
             self.report(metrics, checkpoint_name(trainer.global_step), Path(folder) if trainer.is_global_zero else None)
+
+
+class Randomness(Callback):
+    """Makes what a training step draws (dropout, augmentation) a function of seed, rank, epoch and batch alone.
+
+    A run that resumes inside an epoch then draws what the undisturbed run would have drawn.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Seeds torch, NumPy and Python."""
+        where = (self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
+        seed = int(np.random.SeedSequence(where).generate_state(1)[0])
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
 
 
 class Mistakes(Callback):

@@ -10,7 +10,7 @@ import tempfile
 import uuid
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,9 @@ class RunFolder:
         if not self.has(file):
             return False
         # torch writes a zip, whose directory comes last: an upload that was cut off has none.
-        with self.fs.open_input_file(self.at(file)) as stream:
+        with self.fs.open_input_file(self.at(file)) as stream, suppress(ValueError):  # too short for a directory
             return zipfile.is_zipfile(stream)
+        return False
 
     def add_checkpoint(self, source: str | Path, name: str) -> str:
         """Copies the folder `source` in as checkpoint `name`, whole or not at all; returns its path on `self.fs`."""

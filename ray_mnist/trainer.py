@@ -48,7 +48,13 @@ class Trainer:
         arguments.setdefault("seed", global_seed())
         options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
         self.config = RunConfig(**options)
-        self.lightning = {"max_epochs": self.config.max_epochs, "precision": self.config.precision} | arguments
+        callbacks = arguments.pop("callbacks", None) or []
+        self.lightning = {
+            "max_epochs": self.config.max_epochs,
+            "precision": self.config.precision,
+            "callbacks": callbacks if isinstance(callbacks, list) else [callbacks],
+            **arguments,
+        }
         self.full_config = config
         self._result: Result | None = None
         self._check_lightning_takes(self.lightning)
@@ -59,7 +65,7 @@ class Trainer:
         with terminal.quiet():
             try:
                 # Lightning adds to the list of callbacks that it is given.
-                own: dict[str, Any] = {"accelerator": "cpu", "callbacks": list(arguments.get("callbacks", []))}
+                own: dict[str, Any] = {"accelerator": "cpu", "callbacks": [*arguments["callbacks"]]}
                 pl.Trainer(**(quiet() | arguments | own))
             except (TypeError, ValueError, MisconfigurationException) as error:
                 raise RequestError(f"Lightning's Trainer refuses its arguments: {one_line(error)}") from error

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from ray_mnist.callbacks import Mistakes, Recorder
+from ray_mnist.callbacks import Mistakes, Randomness, Recorder
 from ray_mnist.data import MNISTDataModule
 from ray_mnist.results import Outcome, Row, RunFolder, metrics_csv
 
@@ -59,7 +59,7 @@ def run(job: Job, place: Place) -> Outcome:
             folder.keep_only(name, recorder.best)
 
     recorder, mistakes = Recorder(report, job.checkpoint_every_n_steps), Mistakes()
-    callbacks = [*job.lightning.get("callbacks", []), recorder, mistakes]
+    callbacks = [Randomness(job.seed), *job.lightning["callbacks"], recorder, mistakes]
     # MNISTDataModule brings samplers of its own, which pad and repeat nothing; others are given Lightning's.
     sampler = {"use_distributed_sampler": not isinstance(job.datamodule, MNISTDataModule)}
     trainer = pl.Trainer(**(quiet() | sampler | job.lightning | place.lightning() | {"callbacks": callbacks}))

@@ -104,7 +104,7 @@ REFUSED = {
     "data below a file": (["--dataset", "mnist", "--data.data_dir", "file/below"], ["file/below", "--data.data_dir"]),
     "mirror that is no URL": (["--dataset", "mnist", "--data.mirror", "host"], ["'host'", "--data.mirror http://"]),
     "resume what": (["--resume"], ["--resume", "--name"]),
-    "resume nothing": (["--resume", "--name", "nothing"], ["--resume", "runs/nothing", "nothing to go on with"]),
+    "resume nothing": (["--resume", "--name", "nothing"], ["--resume", "runs/nothing", "no run in"]),
     "existing name": (["--storage-path", "old", "--name", "run"], ["old/run", "--resume", "another --name"]),
     "name with a slash": (["--name", "a/b"], ["--name 'a/b'", "leave out '/'"]),
     "empty name": (["--name", ""], ["--name ''", "cannot be a folder's name"]),

@@ -67,6 +67,14 @@ class Start(pl.Callback):
         self.step = trainer.global_step
 
 
+class Dropped(SimpleModel):
+    """Draws random numbers in every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.insert(3, nn.Dropout(0.5))
+
+
 @dataclass
 class Run:
     model: pl.LightningModule
@@ -90,9 +98,9 @@ def train(
 ) -> Run:
     """Trains on digits; `weights` seeds the model's first weights."""
     torch.manual_seed(weights)
-    run = Run(
-        model(), Trainer(**({"max_epochs": EPOCHS} | options), storage_path=str(storage), name=name), storage / name
-    )
+    trainer = Trainer(**({"max_epochs": EPOCHS} | options), storage_path=str(storage), name=name)
+    run = Run(model(), trainer, storage / name)
+    torch.seed()  # whatever a script drew before must not count
     run.trainer.fit(run.model, MNISTDataModule("digits", seed=0))
     run.trainer.test()
     return run
@@ -191,8 +199,13 @@ def test_the_plots_are_pictures(whole: Run) -> None:
             assert len(picture.convert("RGB").getcolors(1_000_000)) > 20, f"{name} is blank"
 
 
-def test_the_same_seed_gives_the_same_run(whole: Run, tmp_path: Path) -> None:
-    assert_same_training(train(tmp_path, "again"), whole)
+def test_what_is_drawn_is_the_seeds_alone(tmp_path: Path) -> None:
+    one, same, other = (
+        train(tmp_path, name, model=Dropped, max_epochs=1, seed=seed)
+        for name, seed in (("one", 5), ("same", 5), ("other", 6))
+    )
+    assert_same_training(same, one)
+    assert not torch.equal(other.model.net[1].weight, one.model.net[1].weight)
 
 
 # The test, recomputed with nothing but torch
@@ -305,14 +318,6 @@ def test_a_run_may_be_stopped_again_and_again(whole: Run, tmp_path: Path) -> Non
     assert_same_training(resumed(tmp_path, starts_at=44, checkpoint_every_n_steps=4), whole)
 
 
-class Dropped(SimpleModel):
-    """Draws random numbers in every step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net.insert(3, nn.Dropout(0.5))
-
-
 @pytest.mark.parametrize(("at", "starts_at"), [(STEPS_PER_EPOCH + 1, STEPS_PER_EPOCH), (24, 20)])
 def test_a_model_that_draws_random_numbers_goes_on_with_the_same(tmp_path: Path, at: int, starts_at: int) -> None:
     whole = train(tmp_path, "whole", model=Dropped)
@@ -349,21 +354,28 @@ def test_a_resumed_run_may_train_for_more_epochs(whole: Run, tmp_path: Path) -> 
 
 @pytest.fixture
 def interrupts() -> Iterator[Any]:
-    """The process's answer to Ctrl-C, which Lightning changes."""
-    before = signal.getsignal(signal.SIGINT)
-    yield before
+    """The process's answer to Ctrl-C, which Lightning changes; a shell's `&` would have it be none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
     signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_says_how_to_go_on_and_works_again_afterwards(tmp_path: Path, interrupts: Any) -> None:
-    for name, at, way_out in (
-        ("late", 20, f"go on with `python -m ray_mnist.train --resume --name late --storage-path {tmp_path}`"),
-        ("early", 2, "there is no checkpoint yet; delete "),
-    ):
-        with pytest.raises(KeyboardInterrupt, match=way_out):
-            train(tmp_path, name, callbacks=[Stop(at, by=signal.SIGINT)])
-        assert signal.getsignal(signal.SIGINT) is interrupts
-        assert (tmp_path / name).is_dir()
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        train(tmp_path, "late", callbacks=[Stop(20, by=signal.SIGINT)])
+    assert (
+        str(interrupt.value) == f"go on with `python -m ray_mnist.train --resume --name late --storage-path {tmp_path}`"
+    )
+    assert signal.getsignal(signal.SIGINT) is interrupts
+
+
+def test_a_run_that_died_before_its_first_checkpoint_resumes_from_the_start(
+    whole: Run, tmp_path: Path, interrupts: Any
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "stopped", checkpoint_every_n_steps=None, callbacks=[Stop(2, by=signal.SIGINT)])
+    # There are no weights to go on from but the script's own.
+    assert_same_training(train(tmp_path, "stopped", resume=True), whole)
 
 
 # Names
@@ -380,9 +392,9 @@ def test_a_name_that_is_taken_is_refused_and_its_run_left_as_it_is(whole: Run) -
     assert os.listdir(whole.folder.parent) == ["whole"]
 
 
-def test_there_is_nothing_to_resume_where_there_is_no_checkpoint(tmp_path: Path) -> None:
+def test_there_is_nothing_to_resume_where_no_run_was_started(tmp_path: Path) -> None:
     storage = tmp_path / "runs"
-    with pytest.raises(RequestError, match=r"there is no checkpoint in .*/none, so there is nothing to go on with"):
+    with pytest.raises(RequestError, match=r"there is no run in .*/none to go on with"):
         train(storage, "none", resume=True)
     assert not storage.exists()
     with pytest.raises(RequestError, match="--resume needs --name"):
