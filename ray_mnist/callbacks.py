@@ -3,6 +3,7 @@
 Recorder measures, checkpoints and reports; Randomness seeds each step; Mistakes looks at the test.
 """
 
+import math
 import random
 import tempfile
 import time
@@ -110,6 +111,7 @@ class Recorder(Checkpoint):
         row |= {"samples_per_second": samples / (seconds - self._validation_seconds), "seconds": seconds}
         self.history.append(row)
         score = row.get(MONITOR, float("inf"))
+        score = score if math.isfinite(score) else float("inf")
         # As long as nothing was validated, the newest is the best.
         if score < self.best_score or self.best_score == float("inf"):
             self.best_score, self.best = score, checkpoint_name(trainer.global_step)
@@ -163,7 +165,7 @@ class Mistakes(Callback):
         wrong = (predicted != labels).nonzero().flatten()
         self.worst += [
             {
-                "image": images[i].cpu().numpy(),
+                "image": images[i].float().cpu().numpy(),
                 "label": int(labels[i]),
                 "predicted": int(predicted[i]),
                 "chance": float(chance[i]),

@@ -3,7 +3,9 @@
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -17,6 +19,7 @@ from ray_mnist.models import SimpleModel
 from ray_mnist.results import RunFolder, one_line
 
 UNKNOWN_CLASS = "neither one of ours (SimpleModel, ConvModel, MNISTDataModule) nor a pkg.module.Class"
+DEFAULT_CLASSES = {"model": SimpleModel.__name__, "data": MNISTDataModule.__name__}
 SHORT = {"--lr": "--model.lr", "--batch-size": "--data.batch_size", "--dataset": "--data.dataset"}
 
 
@@ -66,12 +69,9 @@ def make_parser(module: str, description: str) -> Parser:
             parser.add_argument(flag(option.name), action="store_true", help=help_text)
         else:
             parser.add_argument(flag(option.name), type=option.type, default=option.default, help=help_text)
-    for name, base, default in (
-        ("model", LightningModule, SimpleModel),
-        ("data", LightningDataModule, MNISTDataModule),
-    ):
-        parser.add_subclass_arguments(base, name, required=True, help=f"{base.__name__}: ours or pkg.module.Class")
-        parser.set_defaults({name: {"class_path": f"ray_mnist.{default.__name__}"}})
+    for name, base in (("model", LightningModule), ("data", LightningDataModule)):
+        help_text = f"{base.__name__}: ours or pkg.module.Class (default: {DEFAULT_CLASSES[name]})"
+        parser.add_subclass_arguments(base, name, required=True, help=help_text)
     return parser
 
 
@@ -84,6 +84,23 @@ def expand(arguments: Sequence[str]) -> list[str]:
     return expanded
 
 
+def name_classes(arguments: Sequence[str]) -> list[str]:
+    """Names the model's and the data's class where nobody did.
+
+    They are not the parser's defaults: jsonargparse would hand the default class's arguments on to the class that is
+    named instead, wherever that takes arguments of the same name.
+    """
+    named = {argument.partition("=")[0] for argument in arguments}
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, inline = option.partition("=")
+        if name == "--config":
+            with suppress(OSError, yaml.YAMLError, TypeError):  # the parser will say what is wrong with it
+                named |= {f"--{key}" for key in yaml.safe_load(Path(inline if equals else value).read_text())}
+    return [f"--{name}={default}" for name, default in DEFAULT_CLASSES.items() if f"--{name}" not in named] + [
+        *arguments
+    ]
+
+
 def parse(parser: Parser, arguments: Sequence[str] | None = None) -> Namespace:
     """The configuration, complete; what a resumed run was started with holds where nothing else is said.
 
@@ -91,11 +108,11 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> Namespace:
         RequestError: an option is unknown or has a value that it cannot have.
     """
     arguments = expand(sys.argv[1:] if arguments is None else arguments)
-    config = parser.parse_args(arguments)
+    config = parser.parse_args(name_classes(arguments))
     if config.resume and config.name:
         saved = RunFolder(config.storage_path, config.name)
         if saved.is_local and saved.has("config.yaml"):
-            config = parser.parse_args(["--config", saved.at("config.yaml"), *arguments])
+            config = parser.parse_args(name_classes(["--config", saved.at("config.yaml"), *arguments]))
     RunConfig(**{name: config[name] for name in OPTIONS})  # finds out what cannot mean anything
     return config
 
@@ -132,5 +149,5 @@ def _make(parser: Parser, config: Namespace, name: str) -> Any:
 
 def plain(parser: Parser, config: Namespace) -> dict[str, Any]:
     """`config` as `config.yaml` has it: nothing but YAML's own types."""
-    whole: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False))
+    whole: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_unset=False))
     return whole

@@ -178,6 +178,8 @@ class MNISTDataModule(LightningDataModule):
         self.source = sources.source_of(dataset)
         if batch_size < 1:
             raise RequestError(f"--batch-size {batch_size} is not possible: give a whole number of at least 1.")
+        if seed is not None and not 0 <= seed < 2**32:
+            raise RequestError(f"--data.seed {seed} is not possible: give a whole number from 0 to {2**32 - 1}.")
         if num_workers < 0:
             raise RequestError(f"--data.num_workers {num_workers} is not possible: give 0 or more.")
         self.dataset, self.mirror = dataset, mirror
@@ -266,4 +268,6 @@ class MNISTDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Scales the images on the device, where it is cheap: uint8 travels, float32 in [0, 1] arrives."""
         images, labels = batch
-        return images.float().div(255), labels
+        images = images.float().div(255)
+        # Lightning has given the batch its precision's type before, when the images were whole numbers.
+        return (self.trainer.precision_plugin.convert_input(images) if self.trainer else images), labels

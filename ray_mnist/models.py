@@ -109,8 +109,15 @@ class Classifier(LightningModule):
         return logits
 
     def on_train_start(self) -> None:
-        """Raises RequestError if a resumed schedule was laid out for another number of steps: it is over, or never."""
+        """Lets a resumed run train at the rate that it is given now.
+
+        Raises:
+            RequestError: a schedule was laid out for another number of steps, or another rate, than it would have now.
+        """
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
         if self.hparams["schedule"] == "constant":
+            for group in optimizer.param_groups:  # which came back from the checkpoint
+                group["lr"] = self.hparams["lr"]
             return
         scheduler: Any = self.lr_schedulers()
         planned = scheduler.T_max if self.hparams["schedule"] == "cosine" else scheduler.total_steps

@@ -173,8 +173,9 @@ def unreachable(address: str) -> str | None:
             request = gcs_service_pb2.CheckAliveRequest()  # type: ignore[attr-defined]
             head.CheckAlive(request, timeout=ANSWER_TIMEOUT_S)
         except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
-                return "something listens there, but no Ray head"
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                return "it asks for a token: copy ~/.ray/auth_token from its head"
+            return "something listens there, but no Ray head"
     return None
 
 

@@ -80,7 +80,8 @@ class Trainer:
         started = time.time()
         name = self.config.name or default_name(model, datamodule)
         folder = RunFolder(self.config.storage_path, name)
-        self._check_name(folder)
+        self._check_name(folder, class_path(model))
+        saved_config = folder.read("config.yaml") if self.config.resume else None
         job = Job(
             model=model,
             datamodule=datamodule,
@@ -100,7 +101,9 @@ class Trainer:
                 with terminal.follow(folder, self.config.max_epochs):
                     outcome = launch()
             except RequestError:
-                if not folder.checkpoints():
+                if saved_config:
+                    folder.write("config.yaml", saved_config)
+                else:
                     folder.remove()
                 raise
             except KeyboardInterrupt:
@@ -122,9 +125,13 @@ class Trainer:
         """The exact test metrics of the best checkpoint of the last `fit`, as Lightning's `test` returns them."""
         return [self.result.test_metrics]
 
-    def _check_name(self, folder: RunFolder) -> None:
+    def _check_name(self, folder: RunFolder, model_class: str) -> None:
         if self.config.resume and not folder.has("config.yaml"):
             raise RequestError(f"--resume: there is no run in {folder} to go on with.")
+        if self.config.resume:
+            started_with = yaml.safe_load(folder.read("config.yaml"))["model"]["class_path"]
+            if started_with.rpartition(".")[2] != model_class.rpartition(".")[2]:
+                raise RequestError(f"--resume: the run in {folder} was started with {started_with}, not {model_class}.")
         if not self.config.resume and folder.exists():
             raise RequestError(f"The run folder {folder} exists: give --resume to go on with it, or another --name.")
 

@@ -1,6 +1,5 @@
 """What runs inside every worker, wherever it was launched: fit, then test."""
 
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,12 +99,6 @@ def quiet() -> dict[str, Any]:
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
     }
-
-
-def share_threads(workers_here: int) -> None:
-    """Divides this machine's cores among the workers on it, so that they don't fight over them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // workers_here))
 
 
 def device_name(trainer: pl.Trainer) -> str:

@@ -374,7 +374,9 @@ def test_own_classes_train(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (result["train_samples"], result["test_samples"]) == (1347, 450)
     assert result["steps"] == 3 * 85
     assert result["test_accuracy"] > 0.8
-    assert out.splitlines()[-1] == f"test accuracy {result['test_accuracy']} on 450 images; run folder runs/own"
+    last = out.splitlines()[-1]
+    assert last.startswith(f"test accuracy {result['test_accuracy']:.4f} on 450 ")
+    assert last.endswith("run folder runs/own")
     config = yaml.safe_load((tmp_path / "runs/own/config.yaml").read_text())
     assert config["model"] == {"class_path": "own_classes.Net", "init_args": {"hidden": 32, "input_shape": [1, 8, 8]}}
     assert config["data"] == {"class_path": "own_classes.Digits", "init_args": {"share": 0.25}}
@@ -397,9 +399,23 @@ def test_resume_repeats_no_options_and_takes_those_given(run: Run, tmp_path: Pat
     assert (result["steps"], result["epochs"], result["seed"]) == (3 * (1151 // 50), 3, 3)
 
 
-@pytest.mark.xfail(reason="the optimizer takes the learning rate of its checkpoint, whatever --lr says")
 def test_a_learning_rate_given_on_resume_is_trained_with(run: Run, tmp_path: Path) -> None:
     assert run(*DIGITS, "--max-epochs", "1", "--name", "x")[0] == 0
     assert run("--resume", "--name", "x", "--max-epochs", "2", "--lr", "1e-30")[0] == 0
     first, second = read_metrics(RunFolder("runs", "x"))
     assert second["val_loss"] == first["val_loss"]
+
+
+def test_a_class_has_its_own_defaults_and_not_those_of_the_class_it_replaces(run: Run) -> None:
+    """ConvModel takes arguments of the same names as SimpleModel, the default, with other defaults."""
+    status, output, _ = run("--model", "ConvModel", "--print_config")
+    init_args = yaml.safe_load(output)["model"]["init_args"]
+    assert (status, init_args["lr"], init_args["schedule"]) == (0, 0.002, "one-cycle")
+
+
+def test_a_run_does_not_go_on_with_another_model(run: Run) -> None:
+    assert run(*DIGITS, "--max-epochs", "1", "--name", "x")[0] == 0
+    status, _, error = run("--resume", "--name", "x", "--max-epochs", "2", "--model", "ConvModel")
+    assert status == 2
+    assert "was started with ray_mnist.SimpleModel, not ray_mnist.models.ConvModel" in error
+    assert yaml.safe_load(Path("runs/x/config.yaml").read_text())["max_epochs"] == 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import RayError
 from ray.train.collective import broadcast_from_rank_zero
@@ -21,7 +22,7 @@ from ray_mnist import preflight
 from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError, TrainingError
 from ray_mnist.results import FAILURES, Outcome, Row, RunFolder, one_line
-from ray_mnist.worker import Job, run, share_threads
+from ray_mnist.worker import Job, run
 
 START_TIMEOUT_S = 120
 
@@ -49,11 +50,11 @@ def connection(config: RunConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    # What `ray start` does, and `ray.init` for a cluster it finds itself: show the token if this user has one.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     address = config.address or os.environ.get("RAY_ADDRESS") or preflight.this_machines_cluster()
     if address:
         preflight.check_address(address)
-        # What `ray start` does, and `ray.init` for a cluster it finds itself: show the token if this user has one.
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
@@ -126,7 +127,8 @@ def lightning_integration() -> tuple[Any, Any]:
 def train_function(config: dict[str, Any]) -> Outcome:
     """What each worker process runs."""
     worker = RayWorker(config["job"], config["use_gpu"])
-    share_threads(worker.context.get_local_world_size())
+    # One thread for the one CPU that is reserved: workers don't fight over cores, and round alike wherever they run.
+    torch.set_num_threads(1)
     try:
         return run(config["job"], worker)
     except Exception as error:
