@@ -10,7 +10,7 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ray_mnist import sources
+from ray_mnist import download, sources
 from ray_mnist.config import global_seed
 from ray_mnist.errors import RequestError
 
@@ -222,7 +222,7 @@ class MNISTDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fetches the files unless they are there; Lightning calls it once on each node."""
-        sources.prepare(self.dataset, self.data_dir, self.mirror)
+        download.prepare(self.dataset, self.data_dir, self.mirror)
 
     def setup(self, stage: str) -> None:
         """Reads the data and splits it, the same way on every worker."""

@@ -19,7 +19,7 @@ import torch
 import yaml
 from conftest import wait_until
 
-from ray_mnist import commandline, sources, terminal, train
+from ray_mnist import commandline, download, terminal, train
 from ray_mnist.config import RunConfig, flag
 from ray_mnist.results import RunFolder, read_metrics
 from ray_mnist.sources import MNIST_FILES
@@ -186,7 +186,7 @@ def test_no_data_and_no_network(run: Run, tmp_path: Path, dead_port: int) -> Non
 
 @pytest.mark.timeout(60)
 def test_a_mirror_that_never_answers(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MIRROR_SECONDS", 0.3)
+    monkeypatch.setattr(download, "MIRROR_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # the system accepts, and nobody answers
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         outcome = run("--data.mirror", url)

@@ -25,9 +25,10 @@ import pytest
 import torch
 from torchvision import datasets
 
-from ray_mnist import sources
+from ray_mnist import download, sources
+from ray_mnist.download import prepare
 from ray_mnist.errors import RequestError
-from ray_mnist.sources import MNIST_FILES, SOURCES, load, prepare
+from ray_mnist.sources import MNIST_FILES, SOURCES, load
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -135,8 +136,8 @@ def lock_up(folder: Path) -> None:
 
 def fetch(data_dir: Path, url: str, log: Path) -> None:
     """What a child process does."""
-    sources.LOCK_NOTICE_SECONDS = 0.1
-    sources.MIRROR_SECONDS = 30
+    download.LOCK_NOTICE_SECONDS = 0.1
+    download.MIRROR_SECONDS = 30
     logging.basicConfig(filename=log, level=logging.WARNING)
     prepare("mnist", data_dir, url)
 
@@ -380,8 +381,8 @@ def test_a_killed_download_is_never_taken_for_data(tmp_path: Path, mirror: Mirro
 def test_a_lock_that_is_never_freed_is_an_error(
     tmp_path: Path, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "LOCK_NOTICE_SECONDS", 0.1)
-    monkeypatch.setattr(sources, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(download, "LOCK_NOTICE_SECONDS", 0.1)
+    monkeypatch.setattr(download, "LOCK_SECONDS", 0.2)
     mirror.gate.clear()
     with fetching(tmp_path / "data", mirror):
         wait_until(lambda: is_half_way(tmp_path / "data"))
@@ -393,7 +394,7 @@ def test_a_lock_that_is_never_freed_is_an_error(
 
 
 def test_a_mirror_that_never_answers_fails_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MIRROR_SECONDS", 0.3)
+    monkeypatch.setattr(download, "MIRROR_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # the system accepts, and nobody answers
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         start = time.monotonic()
@@ -410,7 +411,7 @@ def test_a_name_that_never_resolves_fails_in_time(tmp_path: Path, monkeypatch: p
         over.wait(30)
         raise OSError("no such host")
 
-    monkeypatch.setattr(sources, "MIRROR_SECONDS", 0.3)
+    monkeypatch.setattr(download, "MIRROR_SECONDS", 0.3)
     monkeypatch.setattr(socket, "getaddrinfo", no_answer)
     start = time.monotonic()
     text = sentence(lambda: prepare("mnist", tmp_path, "http://mirror.invalid/"))
@@ -420,7 +421,7 @@ def test_a_name_that_never_resolves_fails_in_time(tmp_path: Path, monkeypatch: p
 
 
 def test_a_transfer_that_stalls_fails_in_time(tmp_path: Path, mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MIRROR_SECONDS", 0.5)
+    monkeypatch.setattr(download, "MIRROR_SECONDS", 0.5)
     mirror.gate.clear()
     start = time.monotonic()
     text = sentence(lambda: prepare("mnist", tmp_path, mirror.url))
@@ -483,7 +484,7 @@ def test_a_data_dir_that_is_a_file(tmp_path: Path, no_network: None) -> None:
 @pytest.mark.parametrize("call", [lambda d: prepare("minst", d, None), lambda d: load("minst", d)])
 def test_an_unknown_data_set(tmp_path: Path, call: Callable[[Path], object]) -> None:
     text = sentence(lambda: call(tmp_path))
-    assert "'minst'" in text
+    assert "--dataset minst" in text
     assert "mnist, fashion-mnist, kmnist, cifar10, digits" in text
 
 
