@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,20 +86,20 @@ def expand(arguments: Sequence[str]) -> list[str]:
 
 
 def name_classes(arguments: Sequence[str]) -> list[str]:
-    """Names the model's and the data's class where nobody did.
+    """Puts the classes that will hold in front, so that their arguments may come in any order.
 
     They are not the parser's defaults: jsonargparse would hand the default class's arguments on to the class that is
     named instead, wherever that takes arguments of the same name.
     """
-    named = {argument.partition("=")[0] for argument in arguments}
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, equals, inline = option.partition("=")
-        if name == "--config":
-            with suppress(OSError, yaml.YAMLError, TypeError):  # the parser will say what is wrong with it
-                named |= {f"--{key}" for key in yaml.safe_load(Path(inline if equals else value).read_text())}
-    return [f"--{name}={default}" for name, default in DEFAULT_CLASSES.items() if f"--{name}" not in named] + [
-        *arguments
-    ]
+    classes = dict(DEFAULT_CLASSES)
+    options = [(*option.partition("="), following) for option, following in pairwise([*arguments, ""])]
+    given = [(option, inline if equals else following) for option, equals, inline, following in options]
+    for _, file in filter(lambda pair: pair[0] == "--config", given):
+        with suppress(OSError, yaml.YAMLError, TypeError, AttributeError):  # the parser will say what is wrong with it
+            config = yaml.safe_load(Path(file).read_text())
+            classes |= {name: config[name]["class_path"] for name in classes if "class_path" in config.get(name, {})}
+    classes |= {option.removeprefix("--"): value for option, value in given if option in ("--model", "--data")}
+    return [f"--{name}={class_name}" for name, class_name in classes.items()] + [*arguments]
 
 
 def parse(parser: Parser, arguments: Sequence[str] | None = None) -> Namespace:

@@ -406,11 +406,12 @@ def test_a_learning_rate_given_on_resume_is_trained_with(run: Run, tmp_path: Pat
     assert second["val_loss"] == first["val_loss"]
 
 
-def test_a_class_has_its_own_defaults_and_not_those_of_the_class_it_replaces(run: Run) -> None:
+def test_a_class_has_its_own_defaults_and_not_those_of_the_class_it_replaces(parse: Any) -> None:
     """ConvModel takes arguments of the same names as SimpleModel, the default, with other defaults."""
-    status, output, _ = run("--model", "ConvModel", "--print_config")
-    init_args = yaml.safe_load(output)["model"]["init_args"]
-    assert (status, init_args["lr"], init_args["schedule"]) == (0, 0.002, "one-cycle")
+    init_args = parse("--model", "ConvModel").model.init_args
+    assert (init_args.lr, init_args.schedule) == (0.002, "one-cycle")
+    init_args = parse("--lr", "0.5", "--model=ConvModel").model.init_args
+    assert (init_args.lr, init_args.schedule) == (0.5, "one-cycle")
 
 
 def test_a_run_does_not_go_on_with_another_model(run: Run) -> None:
