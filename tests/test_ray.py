@@ -165,7 +165,7 @@ def test_a_run_whose_driver_ends_leaves_nothing_and_resumes(how: signal.Signals,
         driver.kill()
     if how == signal.SIGKILL:
         # Nobody is left to end Ray's agents, which notice that they are alone after a minute or two.
-        agents = [process for process in alive if process.name().endswith("Agent")]
+        agents = [process for process in alive if "agent" in " ".join([process.name(), *process.cmdline()]).lower()]
         for process in agents:
             process.kill()
         alive = list(set(alive) - set(agents))
