@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,9 @@ Command = Callable[..., CompletedProcess[str]]
 
 
 def test_the_main_job_on_digits(command: Command, tmp_path: Path) -> None:
-    done = command("--dataset", "digits", "--num-workers", "2", "--name", "run")
+    # As in a person's own shell, where Ray makes a token for its local cluster.
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_MODE"} | {"HOME": str(tmp_path)}
+    done = command("--dataset", "digits", "--num-workers", "2", "--name", "run", env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     header, where, *epochs, summary = done.stdout.splitlines()
     assert re.fullmatch(r"digits · SimpleModel \(101,770 parameters\) · 2 workers on CPU, Ray .*", header)

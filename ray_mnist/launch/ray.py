@@ -1,6 +1,7 @@
 """Trains on Ray: a TorchTrainer whose workers run `worker.run`."""
 
 import json
+import logging
 import os
 import sys
 import threading
@@ -50,6 +51,7 @@ def connection(config: RunConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    logging.getLogger("ray").setLevel(logging.ERROR)  # Ray's import has set its loggers up anew
     # What `ray start` does, and `ray.init` for a cluster it finds itself: show the token if this user has one.
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     address = config.address or os.environ.get("RAY_ADDRESS") or preflight.this_machines_cluster()
