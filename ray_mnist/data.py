@@ -1,143 +1,23 @@
-"""MNISTDataModule and the samplers: which sample goes where, and when."""
+"""MNISTDataModule: MNIST and its like, in memory."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from ray_mnist import download, sources
 from ray_mnist.config import global_seed
 from ray_mnist.errors import RequestError
 
 Batch = tuple[Tensor, Tensor]
-
-
-class TrainSampler(Sampler[Tensor]):
-    """Yields this rank's share of each global batch, as int64 indices (global_batch / world_size,).
-
-    The order is a pure function of (seed, epoch), and global batch k holds the same samples at every world size.
-    A last batch that is not full is left out of its epoch: each epoch has another order, so no sample is always the
-    one left out.
-
-    The sampler also keeps the place in the training: `epoch` and `batch`, the next global batch to train on. It is
-    the loader that moves it on, since only the loader knows what has been handed out rather than prefetched.
-    """
-
-    def __init__(self, size: int, global_batch: int, *, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
-        self.size, self.global_batch, self.seed = size, global_batch, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch = self.batch = 0
-        check_share(size, global_batch, world_size)
-
-    def __len__(self) -> int:
-        return self.size // self.global_batch
-
-    def __iter__(self) -> Iterator[Tensor]:
-        entropy = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)[0]
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(int(entropy >> 1)))
-        for batch in range(self.batch, len(self)):
-            start = batch * self.global_batch
-            yield order[start : start + self.global_batch][self.rank :: self.world_size]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of `epoch`, or stays where it is within it."""
-        if epoch != self.epoch:
-            self.epoch, self.batch = epoch, 0
-
-    def advance(self) -> None:
-        """One more global batch was handed out."""
-        self.batch += 1
-        if self.batch == len(self):
-            self.epoch, self.batch = self.epoch + 1, 0
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the training stands: the same on every rank and at every world size."""
-        return {"epoch": self.epoch, "batch": self.batch, "global_batch": self.global_batch, "seed": self.seed}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes to where `state_dict` was taken.
-
-        Raises:
-            RequestError: it was taken inside an epoch that another batch size or seed would cut up differently.
-        """
-        here = {"global_batch": self.global_batch, "seed": self.seed}
-        changed = [name for name, value in here.items() if value != state[name]]
-        if state["batch"] and changed:
-            name = changed[0]
-            raise RequestError(
-                f"The checkpoint was taken inside an epoch with {name} {state[name]}, which {name} {here[name]} would "
-                "cut up differently: resume with the same value."
-            )
-        self.epoch, self.batch = state["epoch"], state["batch"]
-
-
-class EvaluationSampler(Sampler[Tensor]):
-    """Yields every index exactly once over all ranks, in order: rank r has the r-th run of consecutive samples.
-
-    Each rank has the same number of batches, none of them empty, so that models whose metrics meet at every step
-    don't wait for a rank that has none left; batches are therefore evened out, at most `batch_size` long (one more
-    where `batch_size` is so small that the ranks could not have equally many otherwise).
-
-    Raises:
-        RequestError: there are fewer samples than ranks.
-    """
-
-    def __init__(self, size: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
-        if size < world_size:
-            raise RequestError(
-                f"{size} evaluation samples are fewer than the {world_size} workers: use at most {size} workers."
-            )
-        shares = torch.arange(size).tensor_split(world_size)
-        longest, shortest = len(shares[0]), len(shares[-1])
-        self.batches = shares[rank].tensor_split(min(-(-longest // batch_size), shortest))
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.batches)
-
-
-def check_share(size: int, global_batch: int, world_size: int) -> None:
-    """Raises RequestError unless every worker gets an equal share of every global batch."""
-    if global_batch < 1:
-        raise RequestError(f"--batch-size {global_batch} is not possible: give a whole number of at least 1.")
-    if global_batch % world_size:
-        nearest = max(world_size, round(global_batch / world_size) * world_size)
-        raise RequestError(
-            f"--batch-size {global_batch} is the batch over all workers, and {world_size} workers cannot share it "
-            f"equally: use {nearest}."
-        )
-    if global_batch > size:
-        raise RequestError(f"--batch-size {global_batch} is more than the {size} training samples: use at most {size}.")
-
-
-class TrainLoader(DataLoader[Batch]):
-    """A DataLoader that says, and can be told, which batch comes next: Lightning keeps that in its checkpoints."""
-
-    sampler: TrainSampler
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch in super().__iter__():
-            self.sampler.advance()
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """See `TrainSampler.state_dict`."""
-        return self.sampler.state_dict()
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """See `TrainSampler.load_state_dict`."""
-        self.sampler.load_state_dict(state)
+EVALUATION_BATCH = 1024  # the larger the faster; it has no part in the result
 
 
 class ImageDataset(Dataset[Batch]):
-    """Images uint8 (N, C, H, W) and labels int64 (N,) in memory; an index may be a whole batch of indices."""
+    """Images uint8 (N, C, H, W) and labels int64 (N,) in memory; `__getitems__` gives a whole batch at a time."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
@@ -145,8 +25,16 @@ class ImageDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: Tensor | int) -> Batch:
+    def __getitem__(self, index: int) -> Batch:
         return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        return self.images[indices], self.labels[indices]
+
+
+def together(batch: Any) -> Any:
+    """The batch as it is: its samples came together."""
+    return batch
 
 
 class MNISTDataModule(LightningDataModule):
@@ -155,10 +43,10 @@ class MNISTDataModule(LightningDataModule):
     Args:
         dataset: mnist, fashion-mnist, kmnist, cifar10, or digits, which needs no network.
         data_dir: where the files are, or are to be put. It may be shared between machines.
-        batch_size: the *global* batch: each of W workers trains on batch_size / W samples a step.
+        batch_size: the *global* batch, which all workers share.
         num_workers: processes that a loader fetches with. The data is in memory and fetched a batch at a time, so
             that 0, the training process itself, is usually fastest.
-        seed: picks the validation samples and the training order (default: `seed_everything`'s, or else 0).
+        seed: picks the validation samples (default: `seed_everything`'s, or else 0).
         mirror: base URL to download from instead of the data set's own, for networks without internet.
 
     Raises:
@@ -212,13 +100,22 @@ class MNISTDataModule(LightningDataModule):
         Raises:
             RequestError: the data cannot be had, is damaged, or cannot be shared out.
         """
-        if self.batch_size % world_size:
-            check_share(self.batch_size, self.batch_size, world_size)
+        if self.batch_size < world_size:
+            raise RequestError(
+                f"--batch-size {self.batch_size} is the batch over all workers, and {world_size} workers cannot share "
+                f"it: use at least {world_size}."
+            )
         self.prepare_data()
-        parts = self._split(sources.load(self.dataset, self.data_dir))
-        check_share(len(parts["train"]), self.batch_size, world_size)
-        for part in ("val", "test"):
-            EvaluationSampler(len(parts[part]), self.batch_size, world_size=world_size)
+        sizes = {part: len(data) for part, data in self._split(sources.load(self.dataset, self.data_dir)).items()}
+        if self.batch_size > sizes["train"]:
+            raise RequestError(
+                f"--batch-size {self.batch_size} is more than the {sizes['train']} training samples: use at most "
+                f"{sizes['train']}."
+            )
+        if (least := min(sizes["val"], sizes["test"])) < world_size:
+            raise RequestError(
+                f"{least} evaluation samples are fewer than the {world_size} workers: use at most {least}."
+            )
 
     def prepare_data(self) -> None:
         """Fetches the files unless they are there; Lightning calls it once on each node."""
@@ -238,32 +135,22 @@ class MNISTDataModule(LightningDataModule):
             "test": ImageDataset(data.test_images, data.test_labels),
         }
 
-    @property
-    def _place(self) -> dict[str, int]:
-        trainer = self.trainer
-        return {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {}
-
-    def train_dataloader(self) -> TrainLoader:
-        """This rank's share of every global batch."""
-        part = self.parts["train"]
-        sampler = TrainSampler(len(part), self.batch_size, seed=self.seed, **self._place)
-        return TrainLoader(part, batch_size=None, sampler=sampler, num_workers=self.num_workers)
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Global batches; the last one of an epoch is left out if it is not full."""
+        return self._loader("train", batch_size=self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """This rank's share of the validation set, each sample once over all ranks."""
-        return self._evaluation_loader("val")
+        """The validation set."""
+        return self._loader("val", batch_size=max(EVALUATION_BATCH, self.batch_size))
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """This rank's share of the test set, each sample once over all ranks."""
-        return self._evaluation_loader("test")
+        """The test set."""
+        return self._loader("test", batch_size=max(EVALUATION_BATCH, self.batch_size))
 
     predict_dataloader = test_dataloader
 
-    def _evaluation_loader(self, part: str) -> DataLoader[Batch]:
-        dataset = self.parts[part]
-        # The larger the batch the faster; the size has no part in the result.
-        sampler = EvaluationSampler(len(dataset), max(1024, self.batch_size), **self._place)
-        return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=self.num_workers)
+    def _loader(self, part: str, **options: Any) -> DataLoader[Batch]:
+        return DataLoader(self.parts[part], collate_fn=together, num_workers=self.num_workers, **options)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Scales the images on the device, where it is cheap: uint8 travels, float32 in [0, 1] arrives."""
