@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
-from pytorch_lightning.utilities.data import extract_batch_size
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from ray_mnist.loaders import handed_out
 from ray_mnist.results import CHECKPOINT, Row, checkpoint_name
 
 # Takes the metrics, the checkpoint's name and, on rank 0, the local folder that holds it; all ranks call it together.
 Report = Callable[[Row, str, Path | None], None]
-MONITOR = "val_loss"
 
 
 class Recorder(Checkpoint):
@@ -33,13 +32,17 @@ class Recorder(Checkpoint):
     metrics. Its history and its best checkpoint are part of each checkpoint, so that a resumed run goes on from them.
     """
 
-    def __init__(self, report: Report, every_n_steps: int | None = None) -> None:
+    def __init__(
+        self, report: Report, every_n_steps: int | None = None, monitor: str = "val_loss", mode: str = "min"
+    ) -> None:
         self.report, self.every_n_steps = report, every_n_steps
+        self.monitor, self.sign = monitor, 1 if mode == "min" else -1
         self.history: list[Row] = []
         self.best: str | None = None
-        self.best_score = float("inf")
+        self.best_score = float("inf")  # the less the better, whatever the mode
         self.val_samples = 0
         self._last_step = 0
+        self._saved: list[int] = []
 
     def state_dict(self) -> dict[str, Any]:
         """What goes into the checkpoint."""
@@ -58,23 +61,22 @@ class Recorder(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock, also where a run resumes inside an epoch and no epoch starts."""
         self._last_step = trainer.global_step
-        self._start_clock()
+        self._start_clock(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
-        self._start_clock()
+        self._start_clock(trainer)
 
-    def _start_clock(self) -> None:
+    def _start_clock(self, trainer: Trainer) -> None:
         self._epoch_started = time.monotonic()
         self._validation_seconds = 0.0
-        self._trained_samples = 0
+        self._trained_before = handed_out(trainer.train_dataloader)
         self._validated = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Checkpoints inside the epoch when it is time; the epoch's end does so for its last step."""
-        self._trained_samples += extract_batch_size(batch)
         step = trainer.global_step
         due = self.every_n_steps and step != self._last_step and step % self.every_n_steps == 0
         if due and not trainer.is_last_batch:
@@ -83,24 +85,20 @@ class Recorder(Checkpoint):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is not training time."""
         self._evaluation_started = time.monotonic()
-        self.val_samples = 0
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        """Counts what was really evaluated."""
-        self.val_samples += extract_batch_size(batch)
+        self._evaluated_before = handed_out(trainer.val_dataloaders)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is not training time."""
-        self.val_samples = total(trainer, self.val_samples)
+        if trainer.sanity_checking:
+            return
+        self.val_samples = total(trainer, handed_out(trainer.val_dataloaders) - self._evaluated_before)
         self._validated = True
         self._validation_seconds += time.monotonic() - self._evaluation_started
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds the epoch's row, checkpoints and reports."""
         seconds = time.monotonic() - self._epoch_started
-        samples = total(trainer, self._trained_samples)
+        samples = total(trainer, handed_out(trainer.train_dataloader) - self._trained_before)
         row: Row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
         row |= {
             name: value.item()
@@ -110,18 +108,29 @@ class Recorder(Checkpoint):
         }
         row |= {"samples_per_second": samples / (seconds - self._validation_seconds), "seconds": seconds}
         self.history.append(row)
-        score = row.get(MONITOR, float("inf"))
+        score = self.sign * row.get(self.monitor, self.sign * float("inf"))
         score = score if math.isfinite(score) else float("inf")
         # As long as nothing was validated, the newest is the best.
         if score < self.best_score or self.best_score == float("inf"):
             self.best_score, self.best = score, checkpoint_name(trainer.global_step)
         self._save(trainer, row)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves once more where something changed the weights after the last epoch, as averaging them does."""
+        if self._saved and self._saved != versions(pl_module):
+            self._save(trainer, self.history[-1])
+
     def _save(self, trainer: Trainer, metrics: Row) -> None:
         self._last_step = trainer.global_step
+        self._saved = versions(trainer.lightning_module)
         with tempfile.TemporaryDirectory(prefix="ray_mnist-") as folder:
             trainer.save_checkpoint(Path(folder, CHECKPOINT))
             self.report(metrics, checkpoint_name(trainer.global_step), Path(folder) if trainer.is_global_zero else None)
+
+
+def versions(module: LightningModule) -> list[int]:
+    """How often each weight was written to."""
+    return [weight._version for weight in module.parameters()]
 
 
 class Randomness(Callback):
@@ -151,12 +160,15 @@ class Mistakes(Callback):
         self.confusion: Tensor | None = None
         self.worst: list[dict[str, Any]] = []
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The loaders go on counting from one evaluation to the next."""
+        self._before = handed_out(trainer.test_dataloaders)
+
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Adds the batch."""
-        self.samples += extract_batch_size(batch)
-        if not (isinstance(outputs, dict) and "logits" in outputs):
+        if not (isinstance(outputs, dict) and "logits" in outputs and is_labelled(batch)):
             return
         (images, labels), logits = batch, outputs["logits"]
         confusion = multiclass_confusion_matrix(logits, labels, num_classes=logits.shape[1])
@@ -176,7 +188,7 @@ class Mistakes(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Brings the ranks' findings together on every rank."""
-        self.samples = total(trainer, self.samples)
+        self.samples = total(trainer, handed_out(trainer.test_dataloaders) - self._before)
         if self.confusion is None or trainer.world_size == 1:
             return
         self.confusion = trainer.strategy.reduce(self.confusion, reduce_op="sum")
@@ -191,6 +203,13 @@ class Mistakes(Callback):
 
     def _sort(self) -> None:
         self.worst = sorted(self.worst, key=lambda mistake: -mistake["chance"])[: self.keep]
+
+
+def is_labelled(batch: Any) -> bool:
+    """Whether a batch is a pair of inputs and class labels."""
+    if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+        return False
+    return batch[1].ndim == 1 and not batch[1].is_floating_point()
 
 
 def total(trainer: Trainer, count: int) -> int:

@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs
 
 from ray_mnist.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # slow to import
 
 CHECKPOINT = "checkpoint.ckpt"
 FAILURES = "failures.jsonl"
@@ -122,6 +125,10 @@ class RunFolder:
             if name.startswith((".checkpoint_", "checkpoint_")) and info.is_file is False and name not in names:
                 self.fs.delete_dir(info.path)
 
+    def location(self, checkpoint: str) -> str:
+        """The path or URI of the checkpoint's file, good wherever the storage path is."""
+        return posixpath.join(self.storage_path, self.name, checkpoint, CHECKPOINT)
+
     @contextmanager
     def local_checkpoint(self, name: str | None) -> Iterator[str | None]:
         """The checkpoint's file as a local path, for the time of the `with`."""
@@ -130,15 +137,56 @@ class RunFolder:
         elif self.is_local:
             yield self.at(f"{name}/{CHECKPOINT}")
         else:
-            with tempfile.TemporaryDirectory(prefix="ray_mnist-") as folder:
-                pyarrow.fs.copy_files(self.at(name), folder, source_filesystem=self.fs)
-                yield os.path.join(folder, CHECKPOINT)
+            with fetched(self.fs, self.at(f"{name}/{CHECKPOINT}")) as path:
+                yield path
+
+
+@contextmanager
+def fetched(fs: Any, path: str) -> Iterator[str]:
+    """A local copy of a file, for the time of the `with`."""
+    with tempfile.TemporaryDirectory(prefix="ray_mnist-") as folder:
+        local = os.path.join(folder, posixpath.basename(path))
+        pyarrow.fs.copy_files(path, local, source_filesystem=fs)
+        yield local
+
+
+@contextmanager
+def local_file(location: str | None) -> Iterator[str | None]:
+    """The file at a path or URI as a local path, for the time of the `with`."""
+    if location is None or "://" not in location:
+        yield location
+    else:
+        with fetched(*pyarrow.fs.FileSystem.from_uri(location)) as path:
+            yield path
+
+
+@dataclass
+class Afterwards:
+    """What Lightning's Trainer shows once it is done, as rank 0 brings it home from the workers."""
+
+    callback_metrics: dict[str, "Tensor"]
+    logged_metrics: dict[str, "Tensor"]
+    progress_bar_metrics: dict[str, float]
+    current_epoch: int
+    global_step: int
+    # The attributes of the callbacks and loggers, in their order.
+    helpers: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Evaluation:
+    """What came of `validate` or `test` (`metrics`, one dictionary a loader) or of `predict`."""
+
+    after: Afterwards
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    predictions: list[Any] | None = None
 
 
 @dataclass
 class Outcome:
-    """What rank 0 brings home from the workers."""
+    """What came of `fit`, and of the test that ends it."""
 
+    after: Afterwards
     device: str
     history: list[Row]
     steps: int
@@ -149,7 +197,7 @@ class Outcome:
     fit_seconds: float
     test_seconds: float = 0.0
     test_samples: int = 0
-    test_metrics: dict[str, float] = field(default_factory=dict)
+    test_metrics: list[dict[str, float]] = field(default_factory=list)  # one dictionary a loader
     confusion: list[list[int]] | None = None
     mistakes: list[dict[str, Any]] = field(default_factory=list)
 

@@ -26,10 +26,10 @@ def say(line: str) -> None:
 
 def epoch_line(row: Row, max_epochs: int) -> str:
     """Such as `epoch  3/10  train_loss 0.2104  val_loss 0.2310  val_accuracy 0.9312  41,203 samples/s`."""
-    width = len(str(max_epochs))
+    width, of = (len(str(max_epochs)), f"/{max_epochs}") if max_epochs > 0 else (3, "")
     own = ("epoch", "step", "samples_per_second", "seconds")
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in own)
-    return f"epoch {row['epoch']:{width}.0f}/{max_epochs}  {metrics}  {row['samples_per_second']:,.0f} samples/s"
+    return f"epoch {row['epoch']:{width}.0f}{of}  {metrics}  {row['samples_per_second']:,.0f} samples/s"
 
 
 @contextmanager

@@ -1,39 +1,34 @@
 """Trainer: the one line that users change. It picks where to launch."""
 
-import platform
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import version
+import uuid
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import yaml
-from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from torch import Tensor
 
-from ray_mnist import terminal
+from ray_mnist import summary, terminal
+from ray_mnist.arguments import check_kind, data_of, for_lightning
 from ray_mnist.config import OPTIONS, RunConfig, global_seed
+from ray_mnist.data import MNISTDataModule
 from ray_mnist.errors import RequestError
-from ray_mnist.results import Outcome, Row, RunFolder, metrics_csv, one_line, read_failures, throughput, to_json
-from ray_mnist.worker import Job, quiet
-
-WAIT_FOR_NODES_S = 600
-
-
-@dataclass
-class Result:
-    """What came of a run: `values` is result.json, `history` one row of metrics an epoch, `path` the run folder."""
-
-    path: str
-    values: dict[str, Any]
-    history: list[Row] = field(repr=False)
-    test_metrics: dict[str, float] = field(repr=False)
+from ray_mnist.launch.choose import ready
+from ray_mnist.results import Afterwards, Evaluation, Outcome, RunFolder, local_file
+from ray_mnist.summary import Result
+from ray_mnist.worker import Job
 
 
 class Trainer:
     """Lightning's Trainer with a choice of where to run: here, on a Ray cluster, or on a TPU host.
+
+    After `fit`, `validate`, `test` or `predict` it shows what Lightning's shows: `callback_metrics`, `logged_metrics`,
+    `progress_bar_metrics`, `current_epoch`, `global_step`, `callbacks`, `loggers` and `checkpoint_callback`.
 
     Args:
         config: the whole configuration to write into the run folder's `config.yaml`, for a caller that has it; by
@@ -46,60 +41,69 @@ class Trainer:
 
     def __init__(self, *, config: dict[str, Any] | None = None, **arguments: Any) -> None:
         arguments.setdefault("seed", global_seed())
-        options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
+        if arguments.get("max_epochs", 0) is None:
+            del arguments["max_epochs"]  # which is how Lightning says: not given
+        options = {name: arguments[name] for name in OPTIONS if name in arguments}
         self.config = RunConfig(**options)
-        callbacks = arguments.pop("callbacks", None) or []
-        self.lightning = {
-            "max_epochs": self.config.max_epochs,
-            "precision": self.config.precision,
-            "callbacks": callbacks if isinstance(callbacks, list) else [callbacks],
-            **arguments,
-        }
+        own = set(OPTIONS) - {"max_epochs"}
+        theirs = {name: value for name, value in arguments.items() if name not in own}
+        self.lightning = for_lightning(theirs, self.config)
         self.full_config = config
+        self.callbacks: list[pl.Callback] = self.lightning["callbacks"]
+        logger = self.lightning["logger"]
+        self.loggers: list[Any] = [] if isinstance(logger, bool) else logger
+        self.lightning_module: pl.LightningModule | None = None
+        self.callback_metrics: dict[str, Tensor] = {}
+        self.logged_metrics: dict[str, Tensor] = {}
+        self.progress_bar_metrics: dict[str, float] = {}
+        self.current_epoch = self.global_step = 0
+        self._data: dict[str, Any] = {}
+        self._fits = 0
+        self._folder: RunFolder | None = None
         self._result: Result | None = None
-        self._check_lightning_takes(self.lightning)
 
-    @staticmethod
-    def _check_lightning_takes(arguments: dict[str, Any]) -> None:
-        """Finds out here, rather than in a worker far away, what Lightning would not take."""
-        with terminal.quiet():
-            try:
-                # Lightning adds to the list of callbacks that it is given.
-                own: dict[str, Any] = {"accelerator": "cpu", "callbacks": [*arguments["callbacks"]]}
-                pl.Trainer(**(quiet() | arguments | own))
-            except (TypeError, ValueError, MisconfigurationException) as error:
-                raise RequestError(f"Lightning's Trainer refuses its arguments: {one_line(error)}") from error
+    # What Lightning's Trainer does
 
-    def fit(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
-        """Trains `model`, then tests the best checkpoint; `self.result` and the run folder have the outcome.
+    def fit(
+        self,
+        model: pl.LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Trains `model`, then tests the best checkpoint if model and data come with a test.
+
+        `model` then has the trained weights; `result` and the run folder have the outcome.
+
+        Args:
+            model: the module to train.
+            train_dataloaders: loaders, or a data module in their place.
+            val_dataloaders: loaders.
+            datamodule: instead of loaders.
+            ckpt_path: start from this checkpoint, or from the `best` or `last` of the fit before.
+            weights_only: load nothing but tensors and plain types from `ckpt_path`.
 
         Raises:
             RequestError: the run cannot start; nothing was written.
             TrainingError: training failed on the cluster.
         """
         started = time.time()
-        name = self.config.name or default_name(model, datamodule)
-        folder = RunFolder(self.config.storage_path, name)
-        self._check_name(folder, class_path(model))
+        data = data_of(datamodule, train_dataloaders=train_dataloaders, val_dataloaders=val_dataloaders)
+        check_kind(model, data)
+        job = self._job("fit", model, data, self._name(model, data), ckpt_path, weights_only)
+        folder = job.folder
+        self._check_name(folder, model)
         saved_config = folder.read("config.yaml") if self.config.resume else None
-        job = Job(
-            model=model,
-            datamodule=datamodule,
-            storage_path=folder.storage_path,
-            name=name,
-            seed=self.config.seed,
-            checkpoint_every_n_steps=self.config.checkpoint_every_n_steps,
-            lightning=self.lightning,
-        )
-        with terminal.quiet(), self._launcher(job) as (where, launch):
-            if hasattr(datamodule, "check"):
-                datamodule.check(max(1, self.config.num_workers))
-            folder.write("config.yaml", yaml.safe_dump(self._whole_config(model, datamodule, name), sort_keys=False))
-            terminal.say(f"{dataset_name(datamodule)} · {describe_model(model)} · {where}")
+        with terminal.quiet(), ready(job, self.config) as (where, launch):
+            self._check_data(data)
+            self._write_config(folder, model, data)
+            terminal.say(f"{summary.dataset_name(data, model)} · {summary.describe_model(model)} · {where}")
             terminal.say(f"run folder {folder}")
             try:
-                with terminal.follow(folder, self.config.max_epochs):
-                    outcome = launch()
+                with terminal.follow(folder, self.lightning["max_epochs"]):
+                    outcome: Outcome = launch()
             except RequestError:
                 if saved_config:
                     folder.write("config.yaml", saved_config)
@@ -107,8 +111,65 @@ class Trainer:
                     folder.remove()
                 raise
             except KeyboardInterrupt:
-                raise KeyboardInterrupt(how_to_resume(name, self.config)) from None
-            self._result = self._write_result(folder, model, datamodule, outcome, started)
+                advice = summary.how_to_resume(folder.name, self.config, bool(self.full_config))
+                raise KeyboardInterrupt(advice) from None
+            result = summary.write_result(folder, self.config, model, data, outcome, started)
+        self._fits += 1
+        self.lightning_module, self._data, self._folder, self._result = model, data, folder, result
+        self._take_over(outcome.after)
+        load_newest(model, folder)
+
+    def validate(
+        self,
+        model: pl.LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: pl.LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:
+        """The exact validation metrics, one dictionary a loader.
+
+        Without `model` and data, those of the last `fit` are taken, and without `model` and `ckpt_path` the best
+        checkpoint; the other arguments are `fit`'s.
+        """
+        data = data_of(datamodule, dataloaders=dataloaders)
+        return self._evaluate("validate", model, data, ckpt_path, weights_only, verbose)
+
+    def test(
+        self,
+        model: pl.LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: pl.LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:
+        """The exact test metrics, one dictionary a loader; see `validate`. A fit that ended in its test has them."""
+        data = data_of(datamodule, dataloaders=dataloaders)
+        asked_for_more = model is not None or ckpt_path not in (None, "best") or (data and data != self._data)
+        if asked_for_more or not (self._result and self._result.test_metrics):
+            return self._evaluate("test", model, data, ckpt_path, weights_only, verbose)
+        return self._result.test_metrics
+
+    def predict(
+        self,
+        model: pl.LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: pl.LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> list[Any] | None:
+        """What `predict_step` returned for each batch, in the order of the data; a list of those for several loaders.
+
+        See `validate` for the arguments.
+        """
+        data = data_of(datamodule, dataloaders=dataloaders)
+        evaluation = self._run("predict", model, data, ckpt_path, weights_only)
+        return None if return_predictions is False else evaluation.predictions
+
+    # What it shows afterwards
 
     @property
     def result(self) -> Result:
@@ -121,11 +182,124 @@ class Trainer:
             raise RequestError("There is no result yet: call fit first.")
         return self._result
 
-    def test(self) -> list[dict[str, float]]:
-        """The exact test metrics of the best checkpoint of the last `fit`, as Lightning's `test` returns them."""
-        return [self.result.test_metrics]
+    @property
+    def model(self) -> pl.LightningModule | None:
+        """The module that the last call was about."""
+        return self.lightning_module
 
-    def _check_name(self, folder: RunFolder, model_class: str) -> None:
+    @property
+    def logger(self) -> Any:
+        """The first of the loggers."""
+        return self.loggers[0] if self.loggers else None
+
+    @property
+    def checkpoint_callback(self) -> ModelCheckpoint:
+        """The user's ModelCheckpoint; without one, one that names the run folder's best and newest checkpoint."""
+        for callback in self.callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                return callback
+        stand_in = ModelCheckpoint(monitor="val_loss")
+        if self._folder is not None:
+            stand_in.dirpath = str(self._folder)
+            stand_in.last_model_path = self._checkpoint("last") or ""
+            stand_in.best_model_path = self._checkpoint("best") or ""
+        return stand_in
+
+    @property
+    def early_stopping_callback(self) -> EarlyStopping | None:
+        """The user's EarlyStopping, if there is one."""
+        return next((callback for callback in self.callbacks if isinstance(callback, EarlyStopping)), None)
+
+    def save_checkpoint(self, filepath: str | Path) -> None:
+        """Copies the newest checkpoint of the last `fit`."""
+        with local_file(self._checkpoint("last")) as path:
+            if path is None:
+                raise RequestError("There is no checkpoint yet: call fit first.")
+            Path(filepath).parent.mkdir(parents=True, exist_ok=True)
+            Path(filepath).write_bytes(Path(path).read_bytes())
+
+    # How it gets there
+
+    def _name(self, model: Any, data: dict[str, Any]) -> str:
+        """The run's name; a second fit is a run of its own, unless it goes on with the first."""
+        name = self.config.name or summary.default_name(model, data)
+        taken = self._fits and not self.config.resume and RunFolder(self.config.storage_path, name).exists()
+        return f"{name}-{self._fits + 1}" if taken else name
+
+    def _job(self, task: str, model: Any, data: Any, name: str, ckpt_path: Any, weights_only: bool | None) -> Job:
+        checkpoint = self._checkpoint(ckpt_path)
+        own = ckpt_path in ("best", "last") and checkpoint is not None
+        return Job(
+            task=task,
+            model=model,
+            data=data,
+            storage_path=RunFolder(self.config.storage_path, name).storage_path,
+            name=name,
+            seed=self.config.seed,
+            checkpoint_every_n_steps=self.config.checkpoint_every_n_steps,
+            checkpoint=checkpoint,
+            weights_only=False if own else weights_only,
+            lightning=self.lightning,
+        )
+
+    def _checkpoint(self, ckpt_path: str | Path | None) -> str | None:
+        """The path or URI of a checkpoint; None where there is none to start from.
+
+        Raises:
+            RequestError: it is not there.
+        """
+        if ckpt_path in ("best", "last"):
+            if self._folder is None or self._result is None:
+                raise RequestError(f"ckpt_path={ckpt_path!r}: there was no fit before, give the path of a checkpoint.")
+            newest = next(iter(self._folder.checkpoints()), None)
+            name = self._result.values["best_checkpoint"] if ckpt_path == "best" else newest
+            return self._folder.location(name) if name else None
+        if ckpt_path is None:
+            return None
+        if "://" in str(ckpt_path):
+            return str(ckpt_path)
+        if not Path(ckpt_path).expanduser().exists():
+            raise RequestError(f"ckpt_path={str(ckpt_path)!r}: there is no such file.")
+        return str(Path(ckpt_path).expanduser().absolute())
+
+    def _evaluate(
+        self, task: str, model: Any, data: dict[str, Any], ckpt_path: Any, weights_only: bool | None, verbose: bool
+    ) -> list[dict[str, float]]:
+        metrics = self._run(task, model, data, ckpt_path, weights_only).metrics
+        for loader in metrics if verbose else ():
+            terminal.say(f"{task}  " + "  ".join(f"{name} {value:.4f}" for name, value in loader.items()))
+        return metrics
+
+    def _run(self, task: str, model: Any, data: dict[str, Any], ckpt_path: Any, weights_only: Any) -> Evaluation:
+        """Does a task that is not `fit`, in a folder that is gone afterwards."""
+        ckpt_path = "best" if model is None and ckpt_path is None else ckpt_path
+        model, data = model or self.lightning_module, data or self._data
+        if model is None:
+            raise RequestError(f"{task} needs a model: give it one, or call fit first.")
+        data = data if "datamodule" in data or "dataloaders" in data else {}
+        check_kind(model, data)
+        job = self._job(task, model, data, f".{task}-{uuid.uuid4().hex}", ckpt_path, weights_only)
+        try:
+            with terminal.quiet(), ready(job, self.config) as (_, launch):
+                self._check_data(data)
+                evaluation: Evaluation = launch()
+        finally:
+            if job.folder.exists():
+                job.folder.remove()
+        self.lightning_module = model
+        self._take_over(evaluation.after)
+        return evaluation
+
+    def _take_over(self, after: Afterwards) -> None:
+        """Shows what the Trainers inside the workers showed; callbacks and loggers become what they became there."""
+        self.callback_metrics, self.logged_metrics = after.callback_metrics, after.logged_metrics
+        self.progress_bar_metrics = after.progress_bar_metrics
+        self.current_epoch, self.global_step = after.current_epoch, after.global_step
+        for helper, attributes in zip([*self.callbacks, *self.loggers], after.helpers, strict=False):
+            vars(helper).update(attributes)
+
+    def _check_name(self, folder: RunFolder, model: pl.LightningModule) -> None:
+        model_class = summary.class_path(model)
         if self.config.resume and not folder.has("config.yaml"):
             raise RequestError(f"--resume: there is no run in {folder} to go on with.")
         if self.config.resume:
@@ -135,115 +309,30 @@ class Trainer:
         if not self.config.resume and folder.exists():
             raise RequestError(f"The run folder {folder} exists: give --resume to go on with it, or another --name.")
 
-    @contextmanager
-    def _launcher(self, job: Job) -> Iterator[tuple[str, Any]]:
-        """Checks that the run can start where it is to run; gives the words for the place, and the call that runs."""
-        config = self.config
-        if config.tpu_cores:
-            raise RequestError("--tpu-cores: this version cannot train on a TPU yet, leave it out.")
-        # Best, newest and the one being written.
-        needed_bytes = 3 * 3 * sum(weight.nbytes for weight in job.model.parameters()) + 1_000_000
-        from ray_mnist import preflight
+    def _check_data(self, data: dict[str, Any]) -> None:
+        if isinstance(datamodule := data.get("datamodule"), MNISTDataModule):
+            datamodule.check(max(1, self.config.num_workers))
 
-        preflight.check_storage(job.folder, needed_bytes)
-        if config.num_workers == 0:
-            from ray_mnist.launch import local
+    def _write_config(self, folder: RunFolder, model: Any, data: dict[str, Any]) -> None:
+        whole = self.full_config or summary.whole_config(self.config, model, data, folder.name)
+        whole = {**whole, "name": folder.name, "resume": False}
+        folder.write("config.yaml", yaml.safe_dump(whole, sort_keys=False))
 
-            local.check(config.use_gpu)
-            yield f"this process, on {'GPU' if config.use_gpu else 'CPU'}", lambda: local.launch(job, config.use_gpu)
+
+def load_newest(model: pl.LightningModule, folder: RunFolder) -> None:
+    """Gives `model` the weights of the end of the training, in place."""
+    newest = next(iter(folder.checkpoints()), None)
+    with folder.local_checkpoint(newest) as path:
+        if path is None:
             return
-        from ray_mnist.launch import ray
-
-        with ray.connection(config):
-            cluster = preflight.check_resources(config.num_workers, ray.bundle(config), WAIT_FOR_NODES_S, terminal.say)
-            preflight.check_shared_storage(job.folder, cluster)
-            workers = f"{config.num_workers} worker{'s' if config.num_workers > 1 else ''}"
-            yield f"{workers} on {'GPU' if config.use_gpu else 'CPU'}, Ray {cluster}", lambda: ray.launch(job, config)
-
-    def _whole_config(self, model: Any, datamodule: Any, name: str) -> dict[str, Any]:
-        """The resolved configuration, in the form that `--config` takes."""
-        whole = self.full_config or {
-            **vars(self.config),
-            "model": {"class_path": class_path(model), "init_args": plain(model.hparams)},
-            "data": {"class_path": class_path(datamodule), "init_args": plain(datamodule.hparams)},
-        }
-        return {**whole, "name": name, "resume": False}
-
-    def _write_result(self, folder: RunFolder, model: Any, datamodule: Any, outcome: Outcome, started: float) -> Result:
-        from ray_mnist import plots
-
-        last = outcome.history[-1] if outcome.history else {}
-        values = {
-            "name": folder.name,
-            "dataset": dataset_name(datamodule),
-            "model": type(model).__name__,
-            "device": outcome.device,
-            "num_workers": self.config.num_workers,
-            "seed": self.config.seed,
-            "epochs": len(outcome.history),
-            "steps": outcome.steps,
-            "train_samples": outcome.train_samples,
-            "val_samples": outcome.val_samples,
-            "test_samples": outcome.test_samples,
-            **{key: last.get(key) for key in ("train_loss", "val_loss", "val_accuracy")},
-            **{key: outcome.test_metrics.get(key) for key in ("test_loss", "test_accuracy")},
-            "samples_per_second": throughput(outcome.history),
-            "seconds": {
-                "startup": outcome.started - started,
-                "fit": outcome.fit_seconds,
-                "test": outcome.test_seconds,
-                "total": time.time() - started,
-            },
-            "restarts": len(read_failures(folder)),
-            "best_checkpoint": outcome.best_checkpoint,
-            "versions": versions(),
-        }
-        folder.write("metrics.csv", metrics_csv(outcome.history))
-        folder.write("result.json", to_json(values))
-        plots.draw(folder, outcome, getattr(datamodule, "class_names", None))
-        return Result(path=str(folder), values=values, history=outcome.history, test_metrics=outcome.test_metrics)
-
-
-def default_name(model: Any, datamodule: Any) -> str:
-    """Data set, model and time."""
-    return f"{dataset_name(datamodule)}-{type(model).__name__}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def dataset_name(datamodule: Any) -> str:
-    """The data set's name, or its DataModule's where it has none."""
-    return str(getattr(datamodule, "dataset", type(datamodule).__name__))
-
-
-def describe_model(model: pl.LightningModule) -> str:
-    """Such as `SimpleModel (101,770 parameters)`."""
-    return f"{type(model).__name__} ({sum(weight.numel() for weight in model.parameters()):,} parameters)"
-
-
-def class_path(instance: Any) -> str:
-    """Where to import its class from."""
-    return f"{type(instance).__module__}.{type(instance).__qualname__}"
-
-
-def plain(hparams: Any) -> dict[str, Any]:
-    """Hyperparameters as YAML has them: tuples become lists, and objects their description."""
-    simple = {key: list(value) if isinstance(value, tuple) else value for key, value in dict(hparams).items()}
-    return {
-        key: value if isinstance(value, str | int | float | bool | list | dict | None) else repr(value)
-        for key, value in simple.items()
-    }
-
-
-def how_to_resume(name: str, config: RunConfig) -> str:
-    """The command that goes on with an interrupted run."""
-    where = "" if config.storage_path == RunConfig().storage_path else f" --storage-path {config.storage_path}"
-    return f"go on with `python -m ray_mnist.train --resume --name {name}{where}`"
-
-
-def versions() -> dict[str, str]:
-    """What the run was made with."""
-    packages = {"ray_mnist": "ray-mnist", "pytorch_lightning": "pytorch-lightning", "ray": "ray"}
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{name: version(package) for name, package in packages.items()},
-    }
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=os.path.isfile(path))
+        model.on_load_checkpoint(checkpoint)
+        model.configure_model()
+        try:
+            model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
+        except RuntimeError as error:
+            warnings.warn(
+                f"The model object keeps its weights, since those trained do not fit it ({error}): layers made in "
+                f"setup are only in the workers' copies. The trained ones are in {folder.location(str(newest))}.",
+                stacklevel=3,
+            )

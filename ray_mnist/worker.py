@@ -1,4 +1,4 @@
-"""What runs inside every worker, wherever it was launched: fit, then test."""
+"""What runs inside every worker, wherever it was launched: fit, then test; or validate, test or predict alone."""
 
 import time
 from dataclasses import dataclass, field
@@ -7,29 +7,46 @@ from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities import move_data_to_device
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ray_mnist.callbacks import Mistakes, Randomness, Recorder
-from ray_mnist.data import MNISTDataModule
-from ray_mnist.results import Outcome, Row, RunFolder, metrics_csv
+from ray_mnist.loaders import Balance, handed_out, own_loaders, share_out
+from ray_mnist.results import Afterwards, Evaluation, Outcome, Row, RunFolder, local_file, metrics_csv
+from ray_mnist.sharing import in_turns
+from ray_mnist.totals import Totals
 
 
 @dataclass
 class Job:
-    """What to train, on what, and where the run folder is."""
+    """What to do with which model, on what, and where the run folder is.
 
+    `task` is fit, validate, test or predict; `data` has the arguments that give Lightning's method of that name its
+    data; `checkpoint` is the path or URI of the one to start from.
+    """
+
+    task: str
     model: pl.LightningModule
-    datamodule: pl.LightningDataModule
+    data: dict[str, Any]
     storage_path: str
     name: str
     seed: int
-    checkpoint_every_n_steps: int | None
+    checkpoint_every_n_steps: int | None = None
+    checkpoint: str | None = None
+    weights_only: bool | None = None
     lightning: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> RunFolder:
         """The run folder, as seen from the process that asks."""
         return RunFolder(self.storage_path, self.name)
+
+    @property
+    def helpers(self) -> list[Any]:
+        """The user's callbacks and loggers."""
+        logger = self.lightning["logger"]
+        return [*self.lightning["callbacks"], *([] if isinstance(logger, bool) else logger)]
 
 
 class Place(Protocol):
@@ -45,10 +62,17 @@ class Place(Protocol):
         """Rank 0's value, on every rank."""
 
 
-def run(job: Job, place: Place) -> Outcome:
+def run(job: Job, place: Place) -> Outcome | Evaluation:
+    """Does the job's task."""
+    pl.seed_everything(job.seed, workers=True, verbose=False)
+    task: Any = {"fit": fit, "validate": evaluate, "test": evaluate, "predict": predict}[job.task]
+    outcome: Outcome | Evaluation = task(job, place)
+    return outcome
+
+
+def fit(job: Job, place: Place) -> Outcome:
     """Trains, resuming from the run folder's newest checkpoint if it has one, then tests the best checkpoint."""
     started = time.time()
-    pl.seed_everything(job.seed, workers=True, verbose=False)
     folder = job.folder
 
     def report(metrics: Row, name: str, checkpoint: Path | None) -> None:
@@ -57,48 +81,121 @@ def run(job: Job, place: Place) -> Outcome:
             folder.write("metrics.csv", metrics_csv(recorder.history))
             folder.keep_only(name, recorder.best)
 
-    recorder, mistakes = Recorder(report, job.checkpoint_every_n_steps), Mistakes()
-    callbacks = [Randomness(job.seed), *job.lightning["callbacks"], recorder, mistakes]
-    # MNISTDataModule brings samplers of its own, which pad and repeat nothing; others are given Lightning's.
-    sampler = {"use_distributed_sampler": not isinstance(job.datamodule, MNISTDataModule)}
-    trainer = pl.Trainer(**(quiet() | sampler | job.lightning | place.lightning() | {"callbacks": callbacks}))
-
+    recorder = Recorder(report, job.checkpoint_every_n_steps, *monitor_of(job.lightning["callbacks"]))
+    mistakes = Mistakes()
+    trainer = make_trainer(job, place, recorder, mistakes)
     newest = place.agree(next(iter(folder.checkpoints()), None))
     clock = time.monotonic()
-    with folder.local_checkpoint(newest) as path:
-        # weights_only would refuse hyperparameters that are objects; the file is the run's own.
-        trainer.fit(job.model, datamodule=job.datamodule, ckpt_path=path, weights_only=False)
-    training_data: Any = trainer.train_dataloader
+    with folder.local_checkpoint(newest) if newest else local_file(job.checkpoint) as path:
+        # weights_only would refuse hyperparameters that are objects; the run's own file may be trusted with them.
+        trainer.fit(job.model, **job.data, ckpt_path=path, weights_only=False if newest else job.weights_only)
     outcome = Outcome(
+        after=afterwards(trainer),
         device=device_name(trainer),
         history=recorder.history,
         steps=trainer.global_step,
-        train_samples=len(training_data.dataset),
+        train_samples=size(trainer.train_dataloader),
         val_samples=recorder.val_samples,
         best_checkpoint=recorder.best,
         started=started,
         fit_seconds=time.monotonic() - clock,
     )
-
-    if not (is_overridden("test_step", job.model) and is_overridden("test_dataloader", job.datamodule)):
-        return outcome
-    clock = time.monotonic()
-    with folder.local_checkpoint(outcome.best_checkpoint) as path:
-        tested = trainer.test(job.model, datamodule=job.datamodule, ckpt_path=path, verbose=False, weights_only=False)
-    outcome.test_seconds = time.monotonic() - clock
-    outcome.test_metrics, outcome.test_samples = dict(tested[0]), mistakes.samples
-    outcome.confusion, outcome.mistakes = mistakes.confusion_counts(), mistakes.worst
+    if outcome.best_checkpoint and can_test(job):
+        clock = time.monotonic()
+        datamodule = job.data.get("datamodule")
+        with folder.local_checkpoint(outcome.best_checkpoint) as path:
+            tested = trainer.test(job.model, datamodule=datamodule, ckpt_path=path, verbose=False, weights_only=False)
+        outcome.test_seconds = time.monotonic() - clock
+        outcome.test_metrics = [dict(metrics) for metrics in tested]
+        outcome.test_samples = mistakes.samples
+        outcome.confusion, outcome.mistakes = mistakes.confusion_counts(), mistakes.worst
     return outcome
+
+
+def evaluate(job: Job, place: Place) -> Evaluation:
+    """Validates or tests; the metrics are totals over all workers."""
+    trainer = make_trainer(job, place)
+    with local_file(job.checkpoint) as path:
+        metrics = getattr(trainer, job.task)(
+            job.model, **job.data, ckpt_path=path, verbose=False, weights_only=job.weights_only
+        )
+    return Evaluation(after=afterwards(trainer), metrics=[dict(each) for each in metrics])
+
+
+def predict(job: Job, place: Place) -> Evaluation:
+    """Predicts; rank 0 has all predictions, in the order of the data."""
+    trainer = make_trainer(job, place)
+    # A worker may have no batch where there are fewer batches than workers.
+    job.model.allow_zero_length_dataloader_with_multiple_devices = True
+    with local_file(job.checkpoint) as path:
+        mine = trainer.predict(job.model, **job.data, ckpt_path=path, weights_only=job.weights_only)
+    evaluation = Evaluation(after=afterwards(trainer))
+    found: list[Any] = [mine]
+    if trainer.world_size > 1:
+        found = [None] * trainer.world_size
+        torch.distributed.all_gather_object(found, mine)
+    if found[0] is not None and trainer.predict_loop.return_predictions:
+        several = trainer.predict_loop.num_dataloaders > 1
+        ranks = [rank or ([[]] * len(found[0]) if several else []) for rank in found]
+        evaluation.predictions = [in_turns(each) for each in zip(*ranks, strict=True)] if several else in_turns(ranks)
+    return evaluation
+
+
+def make_trainer(job: Job, place: Place, *callbacks: pl.Callback) -> pl.Trainer:
+    """Lightning's Trainer for the place, with the user's arguments and what a shared run needs beyond them."""
+    arguments = quiet() | job.lightning
+    untouched = not arguments.pop("use_distributed_sampler", True)
+    if arguments["logger"] is True:
+        own_logger = TensorBoardLogger(job.folder.path, name="", version="tensorboard", default_hp_metric=False)
+        arguments["logger"] = own_logger if job.task == "fit" and job.folder.is_local else False
+    if job.folder.is_local:
+        arguments.setdefault("default_root_dir", job.folder.path)
+    balance = Balance()
+    totals = Totals(balance)
+    arguments["callbacks"] = [Randomness(job.seed), balance, totals, *arguments["callbacks"], *callbacks]
+    with_place = arguments | place.lightning() | {"use_distributed_sampler": False}
+    trainer = pl.Trainer(**with_place)
+    share_out(trainer, job.seed, untouched)
+    totals.attach(trainer)
+    return trainer
 
 
 def quiet() -> dict[str, Any]:
     """Lightning's arguments for a run whose terminal and checkpoints are ours."""
-    return {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
+    return {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+
+
+def monitor_of(callbacks: list[pl.Callback]) -> tuple[str, str]:
+    """What the best checkpoint is chosen by: what the user's ModelCheckpoint monitors, or else `val_loss`."""
+    for callback in callbacks:
+        if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.monitor:
+            return callback.monitor, callback.mode
+    return "val_loss", "min"
+
+
+def can_test(job: Job) -> bool:
+    """Whether model and data come with a test."""
+    source = job.data.get("datamodule") or job.model
+    return is_overridden("test_step", job.model) and is_overridden("test_dataloader", source)
+
+
+def size(loaders: Any) -> int:
+    """How many samples the loaders' data sets have; where they are streams, how many were handed out."""
+    try:
+        return sum(len(loader.dataset) for loader in own_loaders(loaders))
+    except (TypeError, AttributeError):
+        return handed_out(loaders)
+
+
+def afterwards(trainer: pl.Trainer) -> Afterwards:
+    """What the trainer shows, on the CPU."""
+    return Afterwards(
+        callback_metrics=move_data_to_device(dict(trainer.callback_metrics), "cpu"),
+        logged_metrics=move_data_to_device(dict(trainer.logged_metrics), "cpu"),
+        progress_bar_metrics=dict(trainer.progress_bar_metrics),
+        current_epoch=trainer.current_epoch,
+        global_step=trainer.global_step,
+    )
 
 
 def device_name(trainer: pl.Trainer) -> str:

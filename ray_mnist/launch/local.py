@@ -1,13 +1,16 @@
 """Trains in this process, without Ray."""
 
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ray_mnist.errors import RequestError
-from ray_mnist.results import Outcome, Row
+from ray_mnist.results import Evaluation, Outcome, Row
 from ray_mnist.worker import Job, run
 
 
@@ -19,7 +22,7 @@ class ThisProcess:
 
     def lightning(self) -> dict[str, Any]:
         """One device."""
-        return {"accelerator": "gpu" if self.use_gpu else "cpu", "devices": 1}
+        return {"accelerator": "gpu" if self.use_gpu else "cpu", "devices": 1, "strategy": "auto"}
 
     def report(self, metrics: Row, name: str, checkpoint: Path | None) -> None:
         """Puts the checkpoint into the run folder."""
@@ -31,17 +34,31 @@ class ThisProcess:
         return value
 
 
-def launch(job: Job, use_gpu: bool) -> Outcome:
-    """Fits and tests here."""
+def launch(job: Job, use_gpu: bool) -> Outcome | Evaluation:
+    """Does the job here."""
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        return run(job, ThisProcess(job, use_gpu))
+        with seed_left_alone():
+            return run(job, ThisProcess(job, use_gpu))
     except SystemExit as end:
         # Lightning answers Ctrl-C by leaving the process, and is deaf to it from then on.
         if not isinstance(end.__context__, KeyboardInterrupt):
             raise
         signal.signal(signal.SIGINT, on_interrupt)
         raise KeyboardInterrupt from None
+
+
+@contextmanager
+def seed_left_alone() -> Iterator[None]:
+    """Lightning keeps its seed in the environment, where the script's next Trainer would take it for the user's."""
+    before = {name: os.environ.pop(name, None) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def check(use_gpu: bool) -> None:

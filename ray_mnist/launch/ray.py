@@ -1,28 +1,28 @@
 """Trains on Ray: a TorchTrainer whose workers run `worker.run`."""
 
-import json
-import logging
-import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import ray
 import ray.train
 import torch
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from pytorch_lightning.strategies import DDPStrategy
 from ray.exceptions import RayError
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ray_mnist import preflight
+from ray_mnist import travel
+from ray_mnist.arguments import FIND_UNUSED
 from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError, TrainingError
-from ray_mnist.results import FAILURES, Outcome, Row, RunFolder, one_line
+from ray_mnist.launch.connect import environment, go_to, this_folder
+from ray_mnist.launch.failures import Failures, describe_all
+from ray_mnist.results import Evaluation, Outcome, Row, RunFolder, one_line
 from ray_mnist.worker import Job, run
 
 START_TIMEOUT_S = 120
@@ -42,39 +42,6 @@ def bundle(config: RunConfig) -> dict[str, float]:
     return {"CPU": 1, "GPU": 1} if config.use_gpu else {"CPU": 1}
 
 
-@contextmanager
-def connection(config: RunConfig) -> Iterator[None]:
-    """A Ray cluster to train on: the one that this process already has, one to join, or a new local one.
-
-    Whatever was started or joined here is left again; a connection that was there stays as it was.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    logging.getLogger("ray").setLevel(logging.ERROR)  # Ray's import has set its loggers up anew
-    # What `ray start` does, and `ray.init` for a cluster it finds itself: show the token if this user has one.
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    address = config.address or os.environ.get("RAY_ADDRESS") or preflight.this_machines_cluster()
-    if address:
-        preflight.check_address(address)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            # More workers than cores run in turns: slower, and good enough to try a run out.
-            cpus = max(os.cpu_count() or 1, config.num_workers)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
-        raise RequestError(f"{where}: {one_line(error)}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 class RayWorker:
     """A `Place`: one of the worker processes of a TorchTrainer."""
 
@@ -83,14 +50,13 @@ class RayWorker:
         self.context = ray.train.get_context()
 
     def lightning(self) -> dict[str, Any]:
-        """DDP over the process group that Ray has made."""
-        RayDDPStrategy, RayLightningEnvironment = lightning_integration()
+        """The strategy, over the process group that Ray has made."""
         return {
             "accelerator": "gpu" if self.use_gpu else "cpu",
             "devices": 1,
             "num_nodes": self.context.get_world_size(),
-            "strategy": RayDDPStrategy(gradient_as_bucket_view=True),
-            "plugins": [RayLightningEnvironment()],
+            "strategy": make_strategy(self.job.lightning.get("strategy", "ddp")),
+            "plugins": [*self.job.lightning.get("plugins", []), lightning_integration().RayLightningEnvironment()],
         }
 
     def report(self, metrics: Row, name: str, checkpoint: Path | None) -> None:
@@ -109,85 +75,87 @@ class RayWorker:
         return agreed
 
 
-def lightning_integration() -> tuple[Any, Any]:
-    """Ray's DDP strategy and cluster environment, as classes of `pytorch_lightning`.
+def lightning_integration() -> Any:
+    """The module `ray.train.lightning`, with strategies and cluster environment as classes of `pytorch_lightning`.
 
-    `ray.train.lightning` prefers the package `lightning` where both are installed, and its classes would then be
-    foreign to `pytorch_lightning`'s Trainer: it is kept from seeing that package.
+    It prefers the package `lightning` where both are installed, and its classes would then be foreign to
+    `pytorch_lightning`'s Trainer: it is kept from seeing that package.
     """
     seen = sys.modules.get("lightning")
     sys.modules["lightning"] = None  # type: ignore[assignment]
     try:
-        from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
+        import ray.train.lightning
     finally:
         del sys.modules["lightning"]
         if seen is not None:
             sys.modules["lightning"] = seen
-    return RayDDPStrategy, RayLightningEnvironment
+    return ray.train.lightning
 
 
-def train_function(config: dict[str, Any]) -> Outcome:
+def make_strategy(wanted: Any) -> Any:
+    """Ray's strategy of this name; one of Ray's own is taken as it is."""
+    if wanted == "fsdp":
+        # One file, so that any number of workers and the driver can load it.
+        return lightning_integration().RayFSDPStrategy(state_dict_type="full")
+    if isinstance(wanted, str):
+        unused = wanted == FIND_UNUSED
+        wanted = lightning_integration().RayDDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=unused)
+    if isinstance(wanted, DDPStrategy):
+        follow_freezing(wanted)
+    return wanted
+
+
+def follow_freezing(strategy: Any) -> None:
+    """Has DDP begin anew at a batch before which weights were frozen or unfrozen.
+
+    It waits for the gradients of the weights that it began with, and would leave those of others apart.
+    """
+    configure, known = strategy.configure_ddp, set[str]()
+
+    def trainable() -> set[str]:
+        return {name for name, weight in strategy.lightning_module.named_parameters() if weight.requires_grad}
+
+    def configure_ddp() -> None:
+        configure()
+        known.update(trainable())
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if known != (now := trainable()) and now:
+            known.clear()
+            strategy.model = strategy.lightning_module
+            configure_ddp()
+
+    strategy.configure_ddp, strategy.on_train_batch_start = configure_ddp, on_train_batch_start
+
+
+def train_function(config: dict[str, Any]) -> Outcome | Evaluation:
     """What each worker process runs."""
-    worker = RayWorker(config["job"], config["use_gpu"])
+    job: Job = config["job"]
+    go_to(config["folder"])
     # One thread for the one CPU that is reserved: workers don't fight over cores, and round alike wherever they run.
     torch.set_num_threads(1)
     try:
-        return run(config["job"], worker)
+        outcome = run(job, RayWorker(job, config["use_gpu"]))
     except Exception as error:
+        if "find_unused_parameters" in str(error):
+            error = unused_parameters(job.model)
         error.add_note(traceback.format_exc())  # which would stay behind on this machine
-        raise
+        raise error
+    outcome.after.helpers = [travel.portable(vars(helper)) for helper in job.helpers]
+    return outcome
 
 
-class Failures(ray.train.UserCallback):
-    """Runs in Ray Train's controller: writes down each failure, and ends the run where trying again is no use."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.storage_path, self.name = folder.storage_path, folder.name
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Adds a line to the run folder's list of failures."""
-        folder = RunFolder(self.storage_path, self.name)
-        failures = [describe(rank, error) for rank, error in sorted(worker_exceptions.items())]
-        before = folder.read(FAILURES).decode() if folder.has(FAILURES) else ""
-        folder.write(FAILURES, before + json.dumps({"workers": [failure.message for failure in failures]}) + "\n")
-        for error in worker_exceptions.values():
-            if is_bug(error):
-                raise error if isinstance(error, RequestError) else describe_all(worker_exceptions)
+def unused_parameters(model: pl.LightningModule) -> RequestError:
+    """Names the parameters that no gradient reached, which DDP waited for in vain."""
+    unused = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
+    return RequestError(
+        f"The loss does not depend on {', '.join(unused[:5]) or 'some parameters'}{' and others' * (len(unused) > 5)}, "
+        f"which workers wait for: freeze them, or give Trainer strategy={FIND_UNUSED!r}."
+    )
 
 
-def raised_by_training(error: Exception) -> bool:
-    """Whether it came out of `train_function`, which adds a note; a worker that died could not add one."""
-    return bool(getattr(error, "__notes__", None))
-
-
-def is_bug(error: Exception) -> bool:
-    """Whether the error would come back on the next try.
-
-    A worker that loses its peers raises one of Ray's errors, or the RuntimeError or OSError of a torch collective.
-    """
-    return raised_by_training(error) and not isinstance(error, RayError | RuntimeError | OSError)
-
-
-def describe(rank: int, error: Exception) -> TrainingError:
-    """The failure of one worker."""
-    if not raised_by_training(error):
-        return TrainingError(f"worker {rank} died: killed, out of memory, or its machine is gone", str(error))
-    message = f"worker {rank}: {type(error).__name__}: {one_line(error)[:300]}"
-    return TrainingError(message, "\n".join(error.__notes__))
-
-
-def describe_all(worker_exceptions: dict[int, Exception]) -> TrainingError:
-    """The failure of a group: a bug says most, then a death; what the others raised is often for want of a peer."""
-
-    def rank_of(item: tuple[int, Exception]) -> tuple[bool, bool, int]:
-        rank, error = item
-        return not is_bug(error), raised_by_training(error), rank
-
-    return describe(*min(worker_exceptions.items(), key=rank_of))
-
-
-def launch(job: Job, config: RunConfig) -> Outcome:
-    """Fits and tests on `config.num_workers` Ray workers; needs a `connection`.
+def launch(job: Job, config: RunConfig) -> Outcome | Evaluation:
+    """Does the job on `config.num_workers` Ray workers; needs a `connection`.
 
     Raises:
         RequestError: a worker found that the request cannot be met.
@@ -196,7 +164,7 @@ def launch(job: Job, config: RunConfig) -> Outcome:
     with environment(RAY_TRAIN_SETTINGS):
         trainer = TorchTrainer(
             train_function,
-            train_loop_config={"job": job, "use_gpu": config.use_gpu},
+            train_loop_config={"job": job, "use_gpu": config.use_gpu, "folder": this_folder()},
             torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=bundle(config)
@@ -215,7 +183,7 @@ def launch(job: Job, config: RunConfig) -> Outcome:
         )
         forget_snapshot(job.folder)
         try:
-            outcome: Outcome = in_thread(trainer.fit).return_value
+            outcome: Outcome | Evaluation = in_thread(trainer.fit).return_value
         except ray.train.ControllerError as error:
             failure = error.controller_failure
             known = isinstance(failure, RequestError | TrainingError)
@@ -225,18 +193,6 @@ def launch(job: Job, config: RunConfig) -> Outcome:
         except (ray.train.TrainingFailedError, RayError) as error:
             raise TrainingError(one_line(error)[:300], str(error)) from None
         return outcome
-
-
-@contextmanager
-def environment(defaults: dict[str, str]) -> Iterator[None]:
-    """Sets the variables that are not set, for the time of the `with`."""
-    added = {name: value for name, value in defaults.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]
 
 
 def forget_snapshot(folder: RunFolder) -> None:
