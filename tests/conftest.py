@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -75,6 +76,21 @@ def ray_cluster() -> Iterator[str]:
             for process in processes:
                 process.kill()
             psutil.wait_procs(processes, timeout=30)
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with room for 64 KiB."""
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("only root can mount a small disk")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("this root may not mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
