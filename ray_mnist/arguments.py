@@ -5,6 +5,7 @@ from typing import Any
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import ProgressBar
 
 from ray_mnist import terminal
 from ray_mnist.config import RunConfig
@@ -37,10 +38,17 @@ def for_lightning(arguments: dict[str, Any], config: RunConfig) -> dict[str, Any
     if taken.pop("barebones", False):
         raise RequestError("barebones=True leaves out the checkpoints that a run recovers from: drop it.")
     taken.pop("enable_checkpointing", None)  # about checkpoints beside the run folder's own, which make it recover
-    steps_or_time = taken.get("max_steps", -1) != -1 or taken.get("max_time") is not None
-    taken["max_epochs"] = config.max_epochs if "max_epochs" in arguments or not steps_or_time else -1
+    limited = "max_epochs" in arguments or not ends_otherwise(arguments)
+    taken["max_epochs"] = config.max_epochs if limited else -1
+    if any(isinstance(callback, ProgressBar) for callback in taken["callbacks"]):
+        taken["enable_progress_bar"] = True
     refuse_what_lightning_refuses(taken)
     return taken
+
+
+def ends_otherwise(arguments: dict[str, Any]) -> bool:
+    """Whether something other than epochs ends the run."""
+    return arguments.get("max_steps", -1) != -1 or arguments.get("max_time") is not None
 
 
 def refuse_places(arguments: dict[str, Any], config: RunConfig) -> None:
@@ -85,7 +93,7 @@ def refuse_what_lightning_refuses(taken: dict[str, Any]) -> None:
     """Finds out here, rather than in a worker far away."""
     # Lightning adds to the list of callbacks that it is given.
     here = taken | {"accelerator": "cpu", "callbacks": [*taken["callbacks"]], "enable_checkpointing": True}
-    here |= {"strategy": "auto", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    here |= {"strategy": "auto", "logger": False, "enable_progress_bar": True, "enable_model_summary": False}
     with terminal.quiet():
         try:
             pl.Trainer(**here)

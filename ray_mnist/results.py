@@ -169,8 +169,9 @@ class Afterwards:
     progress_bar_metrics: dict[str, float]
     current_epoch: int
     global_step: int
-    # The attributes of the callbacks and loggers, in their order.
+    # The attributes of the callbacks and loggers, in their order, and those of the model that changed.
     helpers: list[dict[str, Any]] = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

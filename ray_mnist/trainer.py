@@ -1,6 +1,5 @@
 """Trainer: the one line that users change. It picks where to launch."""
 
-import os
 import time
 import uuid
 import warnings
@@ -14,7 +13,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from ray_mnist import summary, terminal
-from ray_mnist.arguments import check_kind, data_of, for_lightning
+from ray_mnist.arguments import check_kind, data_of, ends_otherwise, for_lightning
 from ray_mnist.config import OPTIONS, RunConfig, global_seed
 from ray_mnist.data import MNISTDataModule
 from ray_mnist.errors import RequestError
@@ -41,8 +40,8 @@ class Trainer:
 
     def __init__(self, *, config: dict[str, Any] | None = None, **arguments: Any) -> None:
         arguments.setdefault("seed", global_seed())
-        if arguments.get("max_epochs", 0) is None:
-            del arguments["max_epochs"]  # which is how Lightning says: not given
+        if arguments.get("max_epochs", 0) is None or (arguments.get("max_epochs") == -1 and ends_otherwise(arguments)):
+            del arguments["max_epochs"]  # Lightning's ways to say: not given, and no limit
         options = {name: arguments[name] for name in OPTIONS if name in arguments}
         self.config = RunConfig(**options)
         own = set(OPTIONS) - {"max_epochs"}
@@ -116,8 +115,10 @@ class Trainer:
             result = summary.write_result(folder, self.config, model, data, outcome, started)
         self._fits += 1
         self.lightning_module, self._data, self._folder, self._result = model, data, folder, result
-        self._take_over(outcome.after)
-        load_newest(model, folder)
+        self.current_epoch, self.global_step = outcome.after.current_epoch, outcome.after.global_step
+        self._take_over(outcome.after, model)
+        if newest := next(iter(folder.checkpoints()), None):
+            load_weights(model, folder.location(newest))
 
     def validate(
         self,
@@ -287,16 +288,18 @@ class Trainer:
             if job.folder.exists():
                 job.folder.remove()
         self.lightning_module = model
-        self._take_over(evaluation.after)
+        self._take_over(evaluation.after, model)
+        if job.checkpoint and self.config.num_workers:
+            load_weights(model, job.checkpoint)  # as Lightning does
         return evaluation
 
-    def _take_over(self, after: Afterwards) -> None:
-        """Shows what the Trainers inside the workers showed; callbacks and loggers become what they became there."""
+    def _take_over(self, after: Afterwards, model: pl.LightningModule) -> None:
+        """Shows what the Trainers inside the workers showed; model and callbacks become what they became there."""
         self.callback_metrics, self.logged_metrics = after.callback_metrics, after.logged_metrics
         self.progress_bar_metrics = after.progress_bar_metrics
-        self.current_epoch, self.global_step = after.current_epoch, after.global_step
         for helper, attributes in zip([*self.callbacks, *self.loggers], after.helpers, strict=False):
             vars(helper).update(attributes)
+        vars(model).update(after.model)
 
     def _check_name(self, folder: RunFolder, model: pl.LightningModule) -> None:
         model_class = summary.class_path(model)
@@ -319,20 +322,21 @@ class Trainer:
         folder.write("config.yaml", yaml.safe_dump(whole, sort_keys=False))
 
 
-def load_newest(model: pl.LightningModule, folder: RunFolder) -> None:
-    """Gives `model` the weights of the end of the training, in place."""
-    newest = next(iter(folder.checkpoints()), None)
-    with folder.local_checkpoint(newest) as path:
-        if path is None:
-            return
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=os.path.isfile(path))
+def load_weights(model: pl.LightningModule, location: str) -> None:
+    """Gives `model` a checkpoint's weights, in place, as Lightning would."""
+    with local_file(location) as path:
+        assert path
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
         model.on_load_checkpoint(checkpoint)
         model.configure_model()
+        trained = checkpoint["state_dict"]
         try:
-            model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
+            for name, weight in model.state_dict(keep_vars=True).items():
+                weight.data = weight.data.to(trained[name].dtype) if name in trained else weight.data
+            model.load_state_dict(trained, strict=model.strict_loading)
         except RuntimeError as error:
             warnings.warn(
                 f"The model object keeps its weights, since those trained do not fit it ({error}): layers made in "
-                f"setup are only in the workers' copies. The trained ones are in {folder.location(str(newest))}.",
+                f"setup are only in the workers' copies. The trained ones are in {location}.",
                 stacklevel=3,
             )

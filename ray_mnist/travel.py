@@ -47,17 +47,36 @@ def check(**items: Any) -> None:
 class ReturnPickler(TrialPickler):
     """Keeps back what belongs to the worker, with all that hangs on it."""
 
+    kept_back: tuple[type, ...] = (pl.Trainer, pl.LightningModule, pl.LightningDataModule, torch.optim.Optimizer)
+
     def persistent_id(self, item: Any) -> None:
         """Called for every object on the way."""
         super().persistent_id(item)
-        if isinstance(item, pl.Trainer | pl.LightningModule | pl.LightningDataModule | torch.optim.Optimizer):
+        if isinstance(item, self.kept_back):
             raise TypeError(f"a {type(item).__name__} stays with its worker")
 
 
-def portable(attributes: dict[str, Any]) -> dict[str, Any]:
+class ModelReturnPickler(ReturnPickler):
+    """Of a model also its parts, whose weights are brought home as weights."""
+
+    kept_back = (*ReturnPickler.kept_back, torch.nn.Module, torch.nn.Parameter)
+
+
+def portable(attributes: dict[str, Any], pickler: type[TrialPickler] = ReturnPickler) -> dict[str, Any]:
     """Those that can be sent home from a worker, on the CPU."""
     here = {name: move_data_to_device(value, "cpu") for name, value in attributes.items()}
-    return {name: value for name, value in here.items() if why_not(value, ReturnPickler) is None}
+    return {name: value for name, value in here.items() if why_not(value, pickler) is None}
+
+
+def public_state(model: pl.LightningModule) -> dict[str, Any]:
+    """What a model's code keeps on it beside weights, such as a list of losses, as far as it can be sent home."""
+    public = {name: value for name, value in vars(model).items() if not name.startswith("_")}
+    return portable(public, ModelReturnPickler)
+
+
+def fingerprints(attributes: dict[str, Any]) -> dict[str, bytes]:
+    """What changes where a value does."""
+    return {name: cloudpickle.dumps(value) for name, value in attributes.items()}
 
 
 def why_not(item: Any, pickler: type[TrialPickler] = TrialPickler) -> str | None:

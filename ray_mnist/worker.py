@@ -125,10 +125,12 @@ def evaluate(job: Job, place: Place) -> Evaluation:
 def predict(job: Job, place: Place) -> Evaluation:
     """Predicts; rank 0 has all predictions, in the order of the data."""
     trainer = make_trainer(job, place)
+    allowed = job.model.allow_zero_length_dataloader_with_multiple_devices
     # A worker may have no batch where there are fewer batches than workers.
     job.model.allow_zero_length_dataloader_with_multiple_devices = True
     with local_file(job.checkpoint) as path:
         mine = trainer.predict(job.model, **job.data, ckpt_path=path, weights_only=job.weights_only)
+    job.model.allow_zero_length_dataloader_with_multiple_devices = allowed
     evaluation = Evaluation(after=afterwards(trainer))
     found: list[Any] = [mine]
     if trainer.world_size > 1:

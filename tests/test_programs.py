@@ -339,7 +339,8 @@ def plateau_early_stopping_checkpoints_and_loggers(make: Make) -> Seen:
         loaded=loaded.state_dict(),
     )
     tested = trainer.test(ckpt_path="best", dataloaders=DataLoader(clusters(17, seed=3), batch_size=5))
-    return after | {"test": tested, "metrics after the test": dict(trainer.callback_metrics)}
+    tested_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    return after | {"test": tested, "metrics after the test": dict(trainer.callback_metrics), "tested": tested_weights}
 
 
 # One-cycle, accumulation, clipping, and the gradient's norm.
@@ -930,7 +931,6 @@ def lbfgs_in_double_precision(make: Make) -> Seen:
     model = LitLBFGS()
     trainer = make(max_epochs=2, precision="64-true")
     trainer.fit(model, DataLoader(clusters(31), batch_size=9))
-    model.float()  # as it is after a run on workers
     return seen(trainer, model)
 
 

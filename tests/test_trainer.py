@@ -11,7 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import ray
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -123,16 +123,28 @@ class Remembers(pl.Callback):
         self.losses.append(-1.0)
 
 
+class Noting(SimpleModel):
+    """Keeps something beside its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[int] = []
+
+    def on_train_epoch_end(self) -> None:
+        self.notes.append(self.trainer.current_epoch)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_fit_then_test_then_predict_then_fit_again(num_workers: int, cluster: None, tmp_path: Path) -> None:
     pl.seed_everything(5, verbose=False)
-    remembers, model, datamodule = Remembers(), SimpleModel(), MNISTDataModule("digits")
+    remembers, model, datamodule = Remembers(), Noting(), MNISTDataModule("digits")
     before = model.net[1].weight.clone()
     trainer = Trainer(max_epochs=2, num_workers=num_workers, storage_path=str(tmp_path), callbacks=[remembers])
     trainer.fit(model, datamodule)
     first = trainer.result
     assert len(remembers.losses) == 2
     assert remembers.losses == [row["train_loss"] for row in first.history]
+    assert model.notes == [0, 1]
     assert (trainer.current_epoch, trainer.global_step) == (2, 34)
     assert {"train_loss", "val_loss", "val_accuracy"} == set(trainer.callback_metrics) == set(trainer.logged_metrics)
     assert not torch.equal(model.net[1].weight, before)
@@ -143,6 +155,7 @@ def test_fit_then_test_then_predict_then_fit_again(num_workers: int, cluster: No
     (tested,) = trainer.test(model, datamodule, ckpt_path="best", verbose=False)
     assert tested == trainer.test()[0] == first.test_metrics[0]
     assert set(trainer.callback_metrics) == {"test_loss", "test_accuracy"}
+    assert (trainer.current_epoch, trainer.global_step) == (2, 34)
 
     predictions = trainer.predict(model, datamodule)
     assert predictions is not None
@@ -228,10 +241,17 @@ def test_what_a_script_says_anyway_is_taken(arguments: dict[str, Any]) -> None:
     assert Trainer(num_workers=2, **arguments).config.num_workers == 2
 
 
+def test_a_progress_bar_of_the_users_own_is_taken() -> None:
+    assert Trainer(callbacks=[TQDMProgressBar()]).lightning["enable_progress_bar"]
+
+
 def test_epochs_are_unlimited_only_where_steps_or_time_end_the_run() -> None:
     assert Trainer().lightning["max_epochs"] == Trainer(max_epochs=None).lightning["max_epochs"] == 10
     assert Trainer(max_steps=5).lightning["max_epochs"] == Trainer(max_time={"hours": 1}).lightning["max_epochs"] == -1
     assert Trainer(max_steps=5, max_epochs=3).lightning["max_epochs"] == 3
+    assert Trainer(max_steps=5, max_epochs=-1).lightning["max_epochs"] == -1
+    with pytest.raises(RequestError, match="--max-epochs -1 is not possible"):
+        Trainer(max_epochs=-1)
 
 
 class Holds(SimpleModel):

@@ -134,6 +134,7 @@ def train_function(config: dict[str, Any]) -> Outcome | Evaluation:
     go_to(config["folder"])
     # One thread for the one CPU that is reserved: workers don't fight over cores, and round alike wherever they run.
     torch.set_num_threads(1)
+    before = travel.fingerprints(travel.public_state(job.model))
     try:
         outcome = run(job, RayWorker(job, config["use_gpu"]))
     except Exception as error:
@@ -142,6 +143,9 @@ def train_function(config: dict[str, Any]) -> Outcome | Evaluation:
         error.add_note(traceback.format_exc())  # which would stay behind on this machine
         raise error
     outcome.after.helpers = [travel.portable(vars(helper)) for helper in job.helpers]
+    state = travel.public_state(job.model)
+    now = travel.fingerprints(state)
+    outcome.after.model = {name: value for name, value in state.items() if now[name] != before.get(name)}
     return outcome
 
 
