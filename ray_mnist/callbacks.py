@@ -40,7 +40,7 @@ class Recorder(Checkpoint):
         self.history: list[Row] = []
         self.best: str | None = None
         self.best_score = float("inf")  # the less the better, whatever the mode
-        self.val_samples = 0
+        self.train_samples = self.val_samples = 0  # of the last epoch
         self._last_step = 0
         self._saved: list[int] = []
 
@@ -85,20 +85,19 @@ class Recorder(Checkpoint):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is not training time."""
         self._evaluation_started = time.monotonic()
-        self._evaluated_before = handed_out(trainer.val_dataloaders)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is not training time."""
         if trainer.sanity_checking:
             return
-        self.val_samples = total(trainer, handed_out(trainer.val_dataloaders) - self._evaluated_before)
+        self.val_samples = total(trainer, handed_out(trainer.val_dataloaders))
         self._validated = True
         self._validation_seconds += time.monotonic() - self._evaluation_started
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds the epoch's row, checkpoints and reports."""
         seconds = time.monotonic() - self._epoch_started
-        samples = total(trainer, handed_out(trainer.train_dataloader) - self._trained_before)
+        self.train_samples = total(trainer, handed_out(trainer.train_dataloader) - self._trained_before)
         row: Row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
         row |= {
             name: value.item()
@@ -106,7 +105,7 @@ class Recorder(Checkpoint):
             # Lightning keeps the metrics of an earlier epoch's validation.
             if value.numel() == 1 and (self._validated or not name.startswith("val"))
         }
-        row |= {"samples_per_second": samples / (seconds - self._validation_seconds), "seconds": seconds}
+        row |= {"samples_per_second": self.train_samples / (seconds - self._validation_seconds), "seconds": seconds}
         self.history.append(row)
         score = self.sign * row.get(self.monitor, self.sign * float("inf"))
         score = score if math.isfinite(score) else float("inf")
@@ -160,10 +159,6 @@ class Mistakes(Callback):
         self.confusion: Tensor | None = None
         self.worst: list[dict[str, Any]] = []
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The loaders go on counting from one evaluation to the next."""
-        self._before = handed_out(trainer.test_dataloaders)
-
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
@@ -188,7 +183,7 @@ class Mistakes(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Brings the ranks' findings together on every rank."""
-        self.samples = total(trainer, handed_out(trainer.test_dataloaders) - self._before)
+        self.samples = total(trainer, handed_out(trainer.test_dataloaders))
         if self.confusion is None or trainer.world_size == 1:
             return
         self.confusion = trainer.strategy.reduce(self.confusion, reduce_op="sum")

@@ -1,12 +1,14 @@
 """MNISTDataModule: MNIST and its like, in memory."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ray_mnist import download, sources
 from ray_mnist.config import global_seed
@@ -32,6 +34,25 @@ class ImageDataset(Dataset[Batch]):
         return self.images[indices], self.labels[indices]
 
 
+class EpochOrder(Sampler[int]):
+    """Each epoch's own order of the samples, a function of the seed and the epoch alone, inside Lightning or not."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        entropy = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)[0]
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(int(entropy >> 1)))
+        return iter(order.tolist())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls it as `epoch`, counted from 0, begins."""
+        self.epoch = epoch
+
+
 def together(batch: Any) -> Any:
     """The batch as it is: its samples came together."""
     return batch
@@ -46,7 +67,7 @@ class MNISTDataModule(LightningDataModule):
         batch_size: the *global* batch, which all workers share.
         num_workers: processes that a loader fetches with. The data is in memory and fetched a batch at a time, so
             that 0, the training process itself, is usually fastest.
-        seed: picks the validation samples (default: `seed_everything`'s, or else 0).
+        seed: picks the validation samples and the training order (default: `seed_everything`'s, or else 0).
         mirror: base URL to download from instead of the data set's own, for networks without internet.
 
     Raises:
@@ -137,7 +158,8 @@ class MNISTDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Global batches; the last one of an epoch is left out if it is not full."""
-        return self._loader("train", batch_size=self.batch_size, shuffle=True, drop_last=True)
+        order = EpochOrder(len(self.parts["train"]), self.seed)
+        return self._loader("train", batch_size=self.batch_size, sampler=order, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation set."""

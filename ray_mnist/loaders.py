@@ -69,7 +69,7 @@ class Loader:
         self.place: Place = (0, 0)
         self.start = 0  # the batch that the next time through begins with
         self.ended = False
-        self.samples = 0  # handed out so far
+        self.samples = 0  # handed out so far; of an evaluation, those of this one
         self.batch = 0  # the next one's number in the epoch
         self.weights: dict[int, float] = {}  # of the epoch's batches not yet trained on, by their numbers
 
@@ -93,6 +93,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Any]:
         epoch, batch = self.position()
+        if not self.training:
+            self.samples = 0
         if not (self.training and self.ended and epoch == self.place[0]):
             self.place, self.start, self.batch = (epoch, 0), batch, batch
         self.ended = False
@@ -169,7 +171,7 @@ class SharedLoader(Loader):
         self.shares: IndexShares | Stream
         if isinstance(loader.dataset, IterableDataset):
             self.shares = Stream(loader, deal, self.draws)
-            vars(self.source).update(dataset=self.shares, batch_size=None, batch_sampler=None, drop_last=False)
+            vars(self.source).update(dataset=self.shares, batch_size=None, batch_sampler=None)
             self.source.collate_fn = Collated(loader.collate_fn)
         else:
             own: Any = loader.batch_sampler
@@ -317,7 +319,7 @@ def own_loaders(loaders: Any) -> list[Loader]:
 
 
 def handed_out(loaders: Any) -> int:
-    """How many samples this rank has had of them so far."""
+    """How many samples this rank has had of them: in the training so far, or in this evaluation."""
     return sum(loader.samples for loader in own_loaders(loaders))
 
 

@@ -360,7 +360,7 @@ def test_evaluation_is_as_long_as_it_says(batch_size: int, world_size: int) -> N
 
 
 def test_asking_for_the_length_does_not_disturb() -> None:
-    rank, other = (share(LOADERS["map-style"](collate_fn=collate), 0, 2, deal=split_all, length=None) for _ in "ab")
+    rank, other = (share(LOADERS["map-style"](collate_fn=collate), 1, 2, deal=split_all, length=None) for _ in "ab")
     whole = samples_of(other)
     found = []
     for samples, _ in rank:
@@ -370,6 +370,7 @@ def test_asking_for_the_length_does_not_disturb() -> None:
         assert random.getstate() == state[1]
         found.append(samples)
     assert found == whole
+    assert rank.samples == SIZE // 2
 
 
 def test_a_stream_or_sampler_without_end_has_no_length() -> None:
@@ -471,6 +472,14 @@ def test_the_ranks_of_a_trainer_have_every_sample_of_a_batch_once(task: str) -> 
     assert sorted(chain(*indices)) == list(range(SIZE))
     assert {len(rank) for rank in ranks} == {6}
     assert len(indices) == 18
+
+
+@pytest.mark.parametrize(("task", "lengths"), [("training", [2, 1]), ("validating", [2]), ("testing", [2])])
+def test_training_keeps_to_its_batches_and_evaluation_joins_what_is_too_small(task: str, lengths: list[int]) -> None:
+    for rank in (1, 2, 3):
+        loader = given(DataLoader(range(9), 8), rank, 4, task)
+        assert [len(batch) for batch in loader] == lengths
+        assert loader.samples == 2
 
 
 @pytest.mark.parametrize("kind", ["map-style", "stream"])
