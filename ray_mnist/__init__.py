@@ -7,22 +7,24 @@ if TYPE_CHECKING:
     from ray_mnist.data import MNISTDataModule
     from ray_mnist.errors import RequestError, TrainingError
     from ray_mnist.models import ConvModel, SimpleModel
+    from ray_mnist.sweep import tune
     from ray_mnist.trainer import Trainer
 
-__all__ = ["ConvModel", "MNISTDataModule", "RequestError", "SimpleModel", "Trainer", "TrainingError"]
+__all__ = ["ConvModel", "MNISTDataModule", "RequestError", "SimpleModel", "Trainer", "TrainingError", "tune"]
 
 # Imported where they are used: Ray Train's controller needs neither torch nor Lightning, which take seconds.
-_MODULES = {
+_PLACES = {
     "ConvModel": "models",
     "MNISTDataModule": "data",
     "RequestError": "errors",
     "SimpleModel": "models",
     "Trainer": "trainer",
     "TrainingError": "errors",
+    "tune": "sweep",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"ray_mnist.{_MODULES[name]}"), name)
+    return getattr(import_module(f"ray_mnist.{_PLACES[name]}"), name)

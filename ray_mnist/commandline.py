@@ -56,12 +56,12 @@ def sentence(message: str) -> str:
     return re.sub(r"<class '(\w+)'>", r"\1", line)
 
 
-def make_parser(module: str, description: str) -> Parser:
-    """The options of a run, `--config`, `--model` and `--data`."""
+def make_parser(module: str, description: str, short: bool = True) -> Parser:
+    """The options of a run, `--config`, `--model` and `--data`, and of `short` ones what they are short for."""
     parser = Parser(
         prog=f"python -m ray_mnist.{module}",
         description=description,
-        epilog="; ".join(f"{short} V is short for {long} V" for short, long in SHORT.items()),
+        epilog="; ".join(f"{brief} V is short for {long} V" for brief, long in SHORT.items()) if short else None,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options, such as config.yaml")
     for option in fields(RunConfig):
@@ -102,13 +102,14 @@ def name_classes(arguments: Sequence[str]) -> list[str]:
     return [f"--{name}={class_name}" for name, class_name in classes.items()] + [*arguments]
 
 
-def parse(parser: Parser, arguments: Sequence[str] | None = None) -> Namespace:
+def parse(parser: Parser, arguments: Sequence[str] | None = None, short: bool = True) -> Namespace:
     """The configuration, complete; what a resumed run was started with holds where nothing else is said.
 
     Raises:
         RequestError: an option is unknown or has a value that it cannot have.
     """
-    arguments = expand(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = expand(arguments) if short else list(arguments)
     config = parser.parse_args(name_classes(arguments))
     if config.resume and config.name:
         saved = RunFolder(config.storage_path, config.name)

@@ -12,7 +12,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ray_mnist.callbacks import Mistakes, Randomness, Recorder
-from ray_mnist.loaders import Balance, handed_out, own_loaders, share_out
+from ray_mnist.loaders import Balance, own_loaders, share_out
 from ray_mnist.results import Afterwards, Evaluation, Outcome, Row, RunFolder, local_file, metrics_csv
 from ray_mnist.sharing import in_turns
 from ray_mnist.totals import Totals
@@ -23,7 +23,8 @@ class Job:
     """What to do with which model, on what, and where the run folder is.
 
     `task` is fit, validate, test or predict; `data` has the arguments that give Lightning's method of that name its
-    data; `checkpoint` is the path or URI of the one to start from.
+    data; `checkpoint` is the path or URI of the one to start from; `monitor` is the metric that chooses the best
+    checkpoint, and its mode, if not the ModelCheckpoint's of the user; `with_test` has a fit end in the test.
     """
 
     task: str
@@ -35,6 +36,8 @@ class Job:
     checkpoint_every_n_steps: int | None = None
     checkpoint: str | None = None
     weights_only: bool | None = None
+    monitor: tuple[str, str] | None = None
+    with_test: bool = True
     lightning: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -81,7 +84,8 @@ def fit(job: Job, place: Place) -> Outcome:
             folder.write("metrics.csv", metrics_csv(recorder.history))
             folder.keep_only(name, recorder.best)
 
-    recorder = Recorder(report, job.checkpoint_every_n_steps, *monitor_of(job.lightning["callbacks"]))
+    monitor, mode = job.monitor or monitor_of(job.lightning["callbacks"])
+    recorder = Recorder(report, job.checkpoint_every_n_steps, monitor, mode)
     mistakes = Mistakes()
     trainer = make_trainer(job, place, recorder, mistakes)
     newest = place.agree(next(iter(folder.checkpoints()), None))
@@ -94,7 +98,7 @@ def fit(job: Job, place: Place) -> Outcome:
         device=device_name(trainer),
         history=recorder.history,
         steps=trainer.global_step,
-        train_samples=size(trainer.train_dataloader),
+        train_samples=size(trainer.train_dataloader) or recorder.train_samples,
         val_samples=recorder.val_samples,
         best_checkpoint=recorder.best,
         started=started,
@@ -176,17 +180,17 @@ def monitor_of(callbacks: list[pl.Callback]) -> tuple[str, str]:
 
 
 def can_test(job: Job) -> bool:
-    """Whether model and data come with a test."""
+    """Whether a test is wanted, and model and data come with one."""
     source = job.data.get("datamodule") or job.model
-    return is_overridden("test_step", job.model) and is_overridden("test_dataloader", source)
+    return job.with_test and is_overridden("test_step", job.model) and is_overridden("test_dataloader", source)
 
 
-def size(loaders: Any) -> int:
-    """How many samples the loaders' data sets have; where they are streams, how many were handed out."""
+def size(loaders: Any) -> int | None:
+    """How many samples the loaders' data sets have; None where they are streams."""
     try:
         return sum(len(loader.dataset) for loader in own_loaders(loaders))
     except (TypeError, AttributeError):
-        return handed_out(loaders)
+        return None
 
 
 def afterwards(trainer: pl.Trainer) -> Afterwards:

@@ -20,11 +20,11 @@ from ray_mnist.worker import Job
 
 
 @contextmanager
-def connection(config: RunConfig, job: Job) -> Iterator[None]:
+def connection(config: RunConfig, job: Job, cpus: int = 0) -> Iterator[None]:
     """A Ray cluster to train on: the one that this process already has, one to join, or a new local one.
 
     Whatever was started or joined here is left again; a connection that was there stays as it was. Other machines get
-    a copy of the working directory where the job's code is in it.
+    a copy of the working directory where the job's code is in it. A new one has `cpus` logical CPUs, if not more.
     """
     if ray.is_initialized():
         yield
@@ -46,7 +46,7 @@ def connection(config: RunConfig, job: Job) -> Iterator[None]:
                     ray.init(address=address, runtime_env=folder_to_send(config), **quiet)
         else:
             # More workers than cores run in turns: slower, and good enough to try a run out.
-            cpus = max(os.cpu_count() or 1, config.num_workers)
+            cpus = max(os.cpu_count() or 1, config.num_workers, cpus)
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         if "Package size" in str(error):

@@ -158,7 +158,7 @@ def unused_parameters(model: pl.LightningModule) -> RequestError:
     )
 
 
-def launch(job: Job, config: RunConfig) -> Outcome | Evaluation:
+def launch(job: Job, config: RunConfig, trainer_class: type[TorchTrainer] = TorchTrainer) -> Outcome | Evaluation:
     """Does the job on `config.num_workers` Ray workers; needs a `connection`.
 
     Raises:
@@ -166,7 +166,7 @@ def launch(job: Job, config: RunConfig) -> Outcome | Evaluation:
         TrainingError: training failed, more often than `config.max_failures` allows.
     """
     with environment(RAY_TRAIN_SETTINGS):
-        trainer = TorchTrainer(
+        trainer = trainer_class(
             train_function,
             train_loop_config={"job": job, "use_gpu": config.use_gpu, "folder": this_folder()},
             torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),

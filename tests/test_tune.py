@@ -1,0 +1,322 @@
+"""The sweep: it finds, stops, survives, and hands over a winner; and it never waits for what nobody frees."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import ray._private.state
+import ray.train
+import yaml
+from conftest import wait_until
+from ray.train.torch import TorchTrainer
+from ray.tune.search.sample import Categorical
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ray_mnist import MNISTDataModule, RequestError, SimpleModel, TrainingError, space, tune
+from ray_mnist.launch.nested import NestedTorchTrainer
+from ray_mnist.results import RunFolder, read_metrics
+
+DIGITS = {"data": {"dataset": "digits"}}
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_cluster: str) -> Iterator[None]:
+    """This process, connected to the tests' cluster, which has no dashboard."""
+    ray.init(address=ray_cluster, log_to_driver=False, logging_level="ERROR")
+    yield
+    assert ray.is_initialized(), "a sweep closed a connection that was not its own"
+    ray.shutdown()
+
+
+def placement_groups() -> list[dict[str, Any]]:
+    return [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+def actors() -> set[str]:
+    """The ids of the actors that are alive."""
+    return {name for name, actor in ray._private.state.actors().items() if actor["State"] == "ALIVE"}
+
+
+@pytest.fixture
+def leaves_nothing(cluster: None) -> Iterator[None]:
+    """After the test there are no more actors and placement groups than before, asked through Ray's own state."""
+    before = actors()
+    yield
+    wait_until(lambda: not placement_groups() and actors() <= before, 30, "the sweep's actors and placements to go")
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "trials.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+# What to search
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "ends"),
+    [
+        ("0.1:0.5", "Float", (0.1, 0.5)),
+        ("1e-4:1e-1:log", "Float", (1e-4, 1e-1)),
+        ("2:8", "Integer", (2, 9)),
+        ("16:256:log", "Integer", (16, 257)),
+    ],
+)
+def test_a_range_is_drawn_between_its_ends(text: str, kind: str, ends: tuple[float, float]) -> None:
+    domain = space.parse("--space model.x", text)
+    assert (type(domain).__name__, domain.lower, domain.upper) == (kind, *ends)
+    drawn = [domain.sample() for _ in range(200)]
+    assert ends[0] <= min(drawn) <= max(drawn) <= ends[1]
+    middle = math.sqrt(ends[0] * ends[1]) if "log" in text else sum(ends) / 2
+    assert 0.3 < sum(value < middle for value in drawn) / len(drawn) < 0.7
+
+
+def test_a_choice_keeps_its_values_and_their_types() -> None:
+    assert space.parse("x", "32,64,64,0.5,relu,true").categories == [32, 64, 0.5, "relu", True]
+    assert space.parse("x", "3").categories == [3]
+    assert isinstance(space.parse("--lr", "0.1", as_range=True), Categorical)
+
+
+@pytest.mark.parametrize(
+    ("text", "as_range", "complaint"),
+    [
+        ("", False, "leaves a value empty"),
+        ("1,,2", False, "leaves a value empty"),
+        ("0.5:0.1", False, "is reversed: write the lower end first"),
+        ("1e-1,1e-4", True, "is reversed: write the lower end first"),
+        ("0:1:log", False, "is logarithmic: both ends have to be positive"),
+        ("1:2:3", False, "is no range"),
+        ("1,2,3", True, "is no range"),
+        ("a:b", False, "is no range"),
+        ("nan:1", False, "is no range"),
+    ],
+)
+def test_a_space_that_means_nothing_is_refused(text: str, as_range: bool, complaint: str) -> None:
+    with pytest.raises(RequestError, match=complaint) as refusal:
+        space.parse("--lr", text, as_range)
+    assert f"--lr {text!r}" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_grid_has_the_ends_of_a_range_and_what_lies_between() -> None:
+    assert space.points(space.parse("x", "1:9")) == [1, 3, 5, 7, 9]
+    assert space.points(space.parse("x", "1e-4:1:log")) == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1])
+    assert space.extremes({"a": space.parse("a", "1,2"), "b": space.parse("b", "x,y")}) == [
+        {"a": 1, "b": "x"},
+        {"a": 2, "b": "x"},
+        {"a": 1, "b": "x"},
+        {"a": 1, "b": "y"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("search_space", "arguments", "complaint"),
+    [
+        ({"model.lr": [0.1, -1.0]}, {}, "--lr -1.0 is not possible"),
+        ({"model.lr": []}, {}, "model.lr has nothing to choose from"),
+        ({"model.width": [1]}, {}, "cannot be tried: .*unexpected keyword argument 'width'"),
+        ({"lr": [0.1]}, {}, r"lr is neither model\.… nor data\.…"),
+        ({"data.batch_size": [64, 2]}, {"num_workers": 3}, "--batch-size 2 is the batch over all workers"),
+        ({"data.batch_size": [5000]}, {}, "--batch-size 5000 is more than the 1151 training samples"),
+        ({"model.lr": [0.1]}, {"search": "luck"}, "--search luck is not known: use one of random, grid, optuna"),
+        ({"model.lr": [0.1]}, {"num_samples": 0}, "--num-samples 0 is not possible"),
+        ({"model.lr": [0.1]}, {"devices": 2}, "devices=2 means nothing here"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_anything_starts(
+    search_space: dict[str, Any], arguments: dict[str, Any], complaint: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match=complaint):
+        tune(SimpleModel, MNISTDataModule, search_space, storage_path=str(tmp_path / "runs"), **DIGITS, **arguments)
+    assert not (tmp_path / "runs").exists()
+
+
+# What a sweep does
+
+
+class Unlucky(SimpleModel):
+    """Dies of one learning rate, and gives up at another."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.hparams["lr"] == 0.125:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.hparams["lr"] == 0.25:
+            raise ValueError("a bug at 0.25")
+
+
+def test_failed_trials_are_rows_with_their_reasons_and_the_best_of_the_rest_wins(cluster: None, tmp_path: Path) -> None:
+    result = tune(
+        Unlucky,
+        MNISTDataModule,
+        {"model.lr": [0.005, 0.125, 0.25, 1e30, 1e-6]},
+        search="grid",
+        scheduler="fifo",
+        max_epochs=3,
+        storage_path=str(tmp_path),
+        name="sweep",
+        **DIGITS,
+    )
+    status = {float(row["model.lr"]): row["status"] for row in rows_of(tmp_path / "sweep")}
+    assert status[0.005] == status[1e-6] == "done"
+    assert status[0.125].startswith("failed: killed")
+    assert status[0.25] == "failed: ValueError: a bug at 0.25"
+    assert status[1e30].startswith("failed: diverged: val_loss is")
+    assert (result.values["trials"], result.values["failed"]) == (5, 3)
+    assert result.values["parameters"] == {"model.lr": 0.005}
+    assert result.values["test_accuracy"] > 0.9
+    best = yaml.safe_load((tmp_path / "sweep" / "best_config.yaml").read_text())
+    assert best["model"]["init_args"]["lr"] == 0.005
+    assert (tmp_path / "sweep" / "best" / "checkpoint.ckpt").is_file()
+    assert not list((tmp_path / "sweep" / "trials").glob("*/checkpoint_*"))
+    assert {path.name for path in (tmp_path / "sweep" / "plots").iterdir()} == {"curves.png", "parameters.png"}
+
+
+def test_a_sweep_without_a_success_says_so(cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"no trial succeeded: failed: ValueError: a bug at 0\.25"):
+        tune(Unlucky, MNISTDataModule, {"model.lr": [0.25]}, storage_path=str(tmp_path), num_samples=1, **DIGITS)
+
+
+@pytest.mark.usefixtures("leaves_nothing")
+def test_trials_of_two_workers_are_stopped_and_leave_nothing_behind(tmp_path: Path) -> None:
+    result = tune(
+        SimpleModel,
+        MNISTDataModule,
+        {"model.lr": [0.005, 1e-6, 1e-5]},
+        search="grid",
+        max_concurrent=1,
+        max_epochs=9,
+        num_workers=2,
+        storage_path=str(tmp_path),
+        name="sweep",
+        **DIGITS,
+    )
+    status = {float(row["model.lr"]): row["status"] for row in rows_of(tmp_path / "sweep")}
+    assert status == {0.005: "done", 1e-6: "stopped early", 1e-5: "stopped early"}
+    assert result.values["num_workers"] == 2
+
+
+# What a stopped trial leaves
+
+
+def wait_for_ever(config: dict[str, Any]) -> None:
+    Path(config["marker"], str(ray.train.get_context().get_world_rank())).touch()
+    time.sleep(600)
+
+
+@ray.remote(num_cpus=0)
+class TrialActor:
+    """What Ray Tune has for each trial, with a run inside."""
+
+    def fit(self, trainer_class: type[TorchTrainer], folder: str) -> None:
+        trainer_class(
+            wait_for_ever,
+            train_loop_config={"marker": folder},
+            scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
+            run_config=ray.train.RunConfig(name="run", storage_path=folder),
+        ).fit()
+
+
+@pytest.mark.parametrize(("trainer_class", "freed"), [(NestedTorchTrainer, True), (TorchTrainer, False)])
+def test_a_trial_that_is_killed_frees_its_workers_where_rays_own_run_does_not(
+    trainer_class: type[TorchTrainer], freed: bool, cluster: None, tmp_path: Path
+) -> None:
+    trial = placement_group([{"CPU": 0.01}, {"CPU": 1}, {"CPU": 1}])
+    ray.get(trial.ready(), timeout=30)
+    inside = PlacementGroupSchedulingStrategy(trial, placement_group_bundle_index=0)
+    actor = TrialActor.options(scheduling_strategy=inside).remote()
+    actor.fit.remote(trainer_class, str(tmp_path))
+    wait_until(lambda: {"0", "1"} <= {path.name for path in tmp_path.iterdir()}, 90, "the workers to start")
+    ray.kill(actor)
+    remove_placement_group(trial)  # as Ray Tune does
+    try:
+        if freed:
+            wait_until(lambda: not placement_groups(), 20, f"{placement_groups()} to be gone")
+        else:  # the next trial would wait for these for ever
+            time.sleep(20)
+            assert len(placement_groups()) == 1
+    finally:
+        for group in placement_groups():
+            name = bytes.fromhex(group["placement_group_id"])
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(name)))
+        for row in ray._private.state.actors().values():
+            if row["State"] == "ALIVE" and row["ActorClassName"] == "PlacementGroupCleaner":
+                os.kill(row["Pid"], signal.SIGKILL)
+
+
+# From the shell, on the published MNIST
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def test_a_killed_sweep_goes_on_where_it_was(command: Run, tmp_path: Path) -> None:
+    options = ["--dataset=digits", "--num-samples=4", "--max-epochs=150", "--scheduler=fifo", "--max-concurrent=2"]
+    options += ["--lr=1e-3,2e-3", "--batch-size=8", "--name=sweep"]
+    driver = subprocess.Popen([sys.executable, "-m", "ray_mnist.tune", *options], cwd=tmp_path)
+    trials = tmp_path / "runs" / "sweep" / "trials"
+
+    def histories() -> dict[str, list[dict[str, float]]]:
+        return {path.name: read_metrics(RunFolder(str(trials), path.name)) for path in trials.glob("*")}
+
+    try:
+        wait_until(lambda: sum(len(rows) > 3 for rows in histories().values()) >= 2, 120, "two trials to be under way")
+        below = psutil.Process(driver.pid).children(recursive=True)
+    finally:
+        driver.kill()
+        driver.wait()
+    for process in below:
+        process.kill()
+    psutil.wait_procs(below, timeout=30)
+    before = histories()
+    assert len(before) == 2
+    assert all(len(rows) < 150 for rows in before.values())
+    done = command("--resume", "--name=sweep", module="tune")
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "runs" / "sweep")
+    assert [(row["status"], row["epochs"]) for row in rows] == [("done", "150")] * 4
+    after = histories()
+    for name, known in before.items():
+        # The last row may be of an epoch whose checkpoint was not yet whole.
+        assert after[name][: len(known) - 1] == known[:-1], "an epoch was trained again"
+    assert all([row["epoch"] for row in history] == list(range(1, 151)) for history in after.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_twelve_trials_on_mnist_find_a_good_model(
+    num_workers: int, command: Run, mnist_files: Path, tmp_path: Path
+) -> None:
+    samples = 12 if num_workers == 1 else 4
+    done = command(
+        f"--data.data_dir={mnist_files}",
+        f"--num-samples={samples}",
+        "--max-concurrent=2",
+        "--max-epochs=6",
+        f"--num-workers={num_workers}",
+        "--name=sweep",
+        module="tune",
+        timeout=1000,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "runs" / "sweep")
+    assert len(rows) == samples
+    assert sum(row["status"] == "stopped early" for row in rows) >= samples / 3
+    result = json.loads((tmp_path / "runs" / "sweep" / "result.json").read_text())
+    assert result["test_accuracy"] >= 0.97
+    again = command("--config=runs/sweep/best_config.yaml", "--name=again", timeout=400)
+    assert again.returncode == 0, again.stderr
+    best = json.loads((tmp_path / "runs" / "again" / "result.json").read_text())
+    assert best["val_accuracy"] == pytest.approx(result["val_accuracy"], abs=0.005)
