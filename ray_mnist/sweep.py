@@ -253,8 +253,8 @@ class Sweep:
     def _scheduler(self) -> Any:
         if self.sweep.scheduler == "fifo":
             return FIFOScheduler()
-        # A reduction by 3 and a look after the first epoch stop most losers early; metric and mode are the tuner's.
-        return ASHAScheduler(time_attr="epoch", max_t=self.config.max_epochs, grace_period=1, reduction_factor=3)
+        # With a first look after one epoch, a trial goes on only in the better half; metric and mode are the tuner's.
+        return ASHAScheduler(time_attr="epoch", max_t=self.config.max_epochs, grace_period=1, reduction_factor=2)
 
     def _row(self, folder: RunFolder, result: Any) -> TrialRow:
         metrics = result.metrics or {}

@@ -262,7 +262,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def test_a_killed_sweep_goes_on_where_it_was(command: Run, tmp_path: Path) -> None:
-    options = ["--dataset=digits", "--num-samples=4", "--max-epochs=150", "--scheduler=fifo", "--max-concurrent=2"]
+    options = ["--dataset=digits", "--num-samples=4", "--max-epochs=60", "--scheduler=fifo", "--max-concurrent=2"]
     options += ["--lr=1e-3,2e-3", "--batch-size=8", "--name=sweep"]
     driver = subprocess.Popen([sys.executable, "-m", "ray_mnist.tune", *options], cwd=tmp_path)
     trials = tmp_path / "runs" / "sweep" / "trials"
@@ -281,16 +281,16 @@ def test_a_killed_sweep_goes_on_where_it_was(command: Run, tmp_path: Path) -> No
     psutil.wait_procs(below, timeout=30)
     before = histories()
     assert len(before) == 2
-    assert all(len(rows) < 150 for rows in before.values())
+    assert all(len(rows) < 60 for rows in before.values())
     done = command("--resume", "--name=sweep", module="tune")
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "runs" / "sweep")
-    assert [(row["status"], row["epochs"]) for row in rows] == [("done", "150")] * 4
+    assert [(row["status"], row["epochs"]) for row in rows] == [("done", "60")] * 4
     after = histories()
     for name, known in before.items():
         # The last row may be of an epoch whose checkpoint was not yet whole.
         assert after[name][: len(known) - 1] == known[:-1], "an epoch was trained again"
-    assert all([row["epoch"] for row in history] == list(range(1, 151)) for history in after.values())
+    assert all([row["epoch"] for row in history] == list(range(1, 61)) for history in after.values())
 
 
 @pytest.mark.slow
