@@ -1030,7 +1030,14 @@ def cluster(ray_cluster: str) -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+# Each takes ten seconds or more on Ray: those that share most with others wait for --slow.
+SLOW = ("accumulating_by_hand", "combined_loaders", "finetuning_that_unfreezes_and_freezes", "hydra_template")
+SLOW += ("mixed_precision_over_the_first_batches_only", "rates_and_checkpoints_by_the_step")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PROGRAMS]
+)
 def test_two_workers_give_what_one_process_gives(name: str, cluster: None, tmp_path: Path) -> None:
     here = run_ours(name, tmp_path / "here", num_workers=0)
     there = run_ours(name, tmp_path / "there", num_workers=2)

@@ -63,10 +63,10 @@ def loader(batch_size: int = 100, size: int = SIZE) -> DataLoader[Any]:
     return DataLoader(TensorDataset(VALUES[:size]), batch_size=batch_size)
 
 
-few_and_many = [pytest.param(1, marks=pytest.mark.slow), 2, 3, pytest.param(4, marks=pytest.mark.slow)]
+some_and_all = [3, *(pytest.param(workers, marks=pytest.mark.slow) for workers in (1, 2, 4))]
 
 
-@pytest.mark.parametrize("num_workers", [0, *few_and_many])
+@pytest.mark.parametrize("num_workers", [0, *some_and_all])
 @pytest.mark.parametrize("task", ["validate", "test"])
 def test_every_sample_is_evaluated_once(task: str, num_workers: int, cluster: None, tmp_path: Path) -> None:
     trainer = Trainer(num_workers=num_workers, storage_path=str(tmp_path / "runs"))
@@ -82,7 +82,7 @@ def test_every_sample_is_evaluated_once(task: str, num_workers: int, cluster: No
     assert not list(tmp_path.glob("runs/*"))
 
 
-@pytest.mark.parametrize("num_workers", [0, *few_and_many])
+@pytest.mark.parametrize("num_workers", [0, *some_and_all])
 def test_predictions_come_in_the_order_of_the_data_each_once(num_workers: int, cluster: None, tmp_path: Path) -> None:
     trainer = Trainer(num_workers=num_workers, storage_path=str(tmp_path / "runs"))
     predictions = trainer.predict(Sums(), [loader(), loader(1000, size=2)])

@@ -228,7 +228,10 @@ class TrialActor:
         ).fit()
 
 
-@pytest.mark.parametrize(("trainer_class", "freed"), [(NestedTorchTrainer, True), (TorchTrainer, False)])
+@pytest.mark.parametrize(
+    ("trainer_class", "freed"),
+    [(NestedTorchTrainer, True), pytest.param(TorchTrainer, False, marks=pytest.mark.slow)],
+)
 def test_a_trial_that_is_killed_frees_its_workers_where_rays_own_run_does_not(
     trainer_class: type[TorchTrainer], freed: bool, cluster: None, tmp_path: Path
 ) -> None:
@@ -261,6 +264,7 @@ def test_a_trial_that_is_killed_frees_its_workers_where_rays_own_run_does_not(
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(command: Run, tmp_path: Path) -> None:
     options = ["--dataset=digits", "--num-samples=4", "--max-epochs=60", "--scheduler=fifo", "--max-concurrent=2"]
     options += ["--lr=1e-3,2e-3", "--batch-size=8", "--name=sweep"]
