@@ -10,11 +10,12 @@ import ray
 import ray.train
 import ray.tune
 from ray.train.torch import TorchTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
 
 import ray_mnist
 from ray_mnist import MNISTDataModule, SimpleModel
 
-TRIALS, EPOCHS = 6, 2
+TRIALS, EPOCHS = 5, 2
 RATES = [0.001 * (1 + trial) for trial in range(TRIALS)]
 
 
@@ -30,9 +31,12 @@ def train(config: dict[str, float]) -> None:
 
 def trial(config: dict[str, float]) -> None:
     """A trial of the stock pattern: a function that starts a TorchTrainer."""
-    scaling = ray.train.ScalingConfig(num_workers=1)
-    result = TorchTrainer(train, train_loop_config=config, scaling_config=scaling).fit()
-    ray.tune.report({"val_loss": result.metrics["val_loss"]})
+    TorchTrainer(
+        train,
+        train_loop_config=config,
+        scaling_config=ray.train.ScalingConfig(num_workers=1),
+        run_config=ray.train.RunConfig(callbacks=[TuneReportCallback()]),
+    ).fit()
 
 
 def stock(folder: str) -> float:
@@ -44,7 +48,8 @@ def stock(folder: str) -> float:
         tune_config=ray.tune.TuneConfig(metric="val_loss", mode="min", max_concurrent_trials=1),
         run_config=ray.tune.RunConfig(storage_path=folder, name="stock", verbose=0),
     )
-    assert not tuner.fit().errors
+    errors = tuner.fit().errors
+    assert not errors, errors[0]
     return time.monotonic() - started
 
 
