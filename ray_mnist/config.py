@@ -65,6 +65,37 @@ class RunConfig:
             raise RequestError(f"{flag(name)} {value} is not possible: give a whole number of at least {least}.")
 
 
+@dataclass(kw_only=True)
+class SweepConfig:
+    """How to search, as `tune` and its command line take it.
+
+    Raises:
+        RequestError: an option cannot mean anything.
+    """
+
+    num_samples: int = _option(12, "how many trials; a grid search has one for each combination")
+    search: str = _option("random", "random, grid or optuna (a package of its own)")
+    scheduler: str = _option("asha", "asha stops trials that fall behind, fifo stops none")
+    max_concurrent: int | None = _option(None, "how many trials at a time (default: as many as fit)")
+    time_budget: float | None = _option(None, "seconds after which no trial goes on")
+    metric: str = _option("val_loss", "what the best trial is chosen by, of the validation set")
+    mode: str = _option("min", "whether the metric is to be as small (min) or as large (max) as possible")
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("search", ("random", "grid", "optuna")),
+            ("scheduler", ("asha", "fifo")),
+            ("mode", ("min", "max")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise RequestError(f"--{name} {getattr(self, name)} is not known: use one of {', '.join(allowed)}.")
+        for name, value in (("num-samples", self.num_samples), ("max-concurrent", self.max_concurrent)):
+            if value is not None and value < 1:
+                raise RequestError(f"--{name} {value} is not possible: give a whole number of at least 1.")
+        if self.time_budget is not None and self.time_budget <= 0:
+            raise RequestError(f"--time-budget {self.time_budget} is not possible: give a positive number of seconds.")
+
+
 def flag(name: str) -> str:
     """The option's spelling on the command line, such as `--num-workers` for `num_workers`."""
     return "--" + name.replace("_", "-")
