@@ -27,7 +27,10 @@ class RunConfig:
     max_epochs: int = _option(10, "passes over the training set")
     seed: int = _option(0, "seeds the weights, the split and the order of the samples")
     precision: str = _option("32-true", "Lightning's precision, such as 32-true, 16-mixed, bf16-mixed")
-    storage_path: str = _option("runs", "folder or URI that the run folder is made in")
+    storage_path: str = _option(
+        os.environ.get("RAY_MNIST_STORAGE_PATH", "runs"),  # a cluster's nodes have it set
+        "folder or URI that the run folder is made in",
+    )
     name: str | None = _option(None, "the run folder's name (default: data set, model and time)")
     resume: bool = _option(False, "go on from the newest checkpoint of the run called --name")
     max_failures: int = _option(3, "how often to start again from the newest checkpoint when a worker dies")
