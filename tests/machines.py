@@ -71,7 +71,7 @@ class Network:
         self.shared = folder / "shared"
         self.shared.mkdir()
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key"], check=True)
-        make = "ip link set lo up && ip link add lan type bridge && ip link set lan up && echo ready && exec sleep infinity"
+        make = "ip link set lo up && ip link add lan type bridge && ip link set lan up && echo ready && sleep infinity"
         self.process = subprocess.Popen(
             ["unshare", "--net", "--kill-child", "--fork", "sh", "-c", make],
             stdout=subprocess.PIPE,
