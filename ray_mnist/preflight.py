@@ -20,6 +20,7 @@ Bundle = dict[str, float]
 CONNECT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 15
 PROBE_TIMEOUT_S = 60
+WAIT_FOR_NODES_S = 600  # a cloud's machine takes minutes to start and to be set up
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from ray_mnist.config import OPTIONS, RunConfig, SweepConfig, global_seed
 from ray_mnist.data import MNISTDataModule
 from ray_mnist.errors import RequestError
 from ray_mnist.launch import nested
-from ray_mnist.launch.choose import WAIT_FOR_NODES_S
 from ray_mnist.launch.connect import connection, environment, this_folder
 from ray_mnist.launch.ray import bundle, in_thread
 from ray_mnist.launch.trial import Build, Plan, Trial, test_winner
@@ -130,7 +129,9 @@ class Sweep:
             needs = nested.bundles(workers, bundle(self.config))
             at_once = self.sweep.max_concurrent or max(1, (os.cpu_count() or 1) // workers)
             with environment(TUNE_SETTINGS), connection(self.config, job, at_once * len(needs)):
-                cluster = preflight.check_resources(workers, bundle(self.config), WAIT_FOR_NODES_S, terminal.say)
+                cluster = preflight.check_resources(
+                    workers, bundle(self.config), preflight.WAIT_FOR_NODES_S, terminal.say
+                )
                 preflight.check_shared_storage(folder, cluster)
                 searched = ", ".join(self.domains)
                 terminal.say(f"sweep over {searched} of {summary.describe_model(model)} on {self.dataset}")

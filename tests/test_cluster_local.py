@@ -107,7 +107,7 @@ def test_a_run_goes_on_when_a_machine_is_powered_off_and_on_again(
         wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, 120, "the third epoch")
         machines["two"].off()
         machines["two"].on()
-        said, _ = run.communicate(timeout=300)
+        said, _ = run.communicate(timeout=400)
     finally:
         run.kill()
     assert run.returncode == 0, said

@@ -20,7 +20,7 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from ray_mnist.results import one_line
 
 SCHEMA = json.loads(Path(ray.autoscaler.__file__).with_name("ray-schema.json").read_text())
-LOCAL_NODE_TYPE = "local.cluster.node"  # the one type of provider local, for the head too
+FIRST_AUTOSCALER = "RAY_enable_autoscaler_v2=0"  # where `ray start --head` would take the second
 UNEXPECTED_TERMINATION = 2  # of the DeathReason in ray.nodes()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray_mnist.checkup import Check, aws, versions
 from ray_mnist.checkup.contents import nearest, number, section
-from ray_mnist.checkup.ray_autoscaler import LOCAL_NODE_TYPE, prepare, schema_errors
+from ray_mnist.checkup.ray_autoscaler import FIRST_AUTOSCALER, prepare, schema_errors
 
 # What Ray's source reads of `provider`, for each.
 ANY_PROVIDER = {
@@ -103,7 +103,7 @@ def count_findings(config: dict[str, Any]) -> Iterator[str]:
 
 
 def address_findings(provider: dict[str, Any], whole: dict[str, Any]) -> Iterator[str]:
-    """Machines of one's own: each once, and all of them counted."""
+    """Machines of one's own: each once, and all of them brought up."""
     head, workers = provider.get("head_ip"), provider.get("worker_ips")
     for key in {"head_ip", "worker_ips"} - provider.keys():
         yield f"provider lacks {key}: add it."
@@ -113,11 +113,12 @@ def address_findings(provider: dict[str, Any], whole: dict[str, Any]) -> Iterato
             yield f"provider.worker_ips has {address} {times} times: leave one."
     if head in workers:
         yield f"provider.worker_ips has {head}, which is the head_ip: leave it out, the head trains too."
-    machines = len({str(head), *map(str, workers)})
-    if number(whole, "max_workers", machines) != machines:
+    if number(whole, "max_workers", len(workers)) < len(workers):
+        yield f"max_workers is {whole['max_workers']}, fewer than the {len(workers)} worker_ips: leave max_workers out."
+    if not any(FIRST_AUTOSCALER in text for _, text in versions.strings(whole.get("head_start_ray_commands"))):
         yield (
-            f"max_workers is {whole['max_workers']}, but there are {machines} addresses, and Ray's autoscaler counts "
-            f"the head too: write {machines}, at the top and in an available_node_types.{LOCAL_NODE_TYPE}."
+            "head_start_ray_commands start Ray's second autoscaler, which brings up one machine of one's own too few, "
+            f"and none again that was lost: write `export {FIRST_AUTOSCALER};` before `ray start`."
         )
 
 

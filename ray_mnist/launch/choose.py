@@ -11,7 +11,6 @@ from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError
 from ray_mnist.worker import Job
 
-WAIT_FOR_NODES_S = 600
 Launch = Callable[[], Any]
 
 
@@ -38,7 +37,9 @@ def ready(job: Job, config: RunConfig) -> Iterator[tuple[str, Launch]]:
         job.data["datamodule"].trainer = None  # of a run before, in this process
     travel.check(model=job.model, **job.data, callbacks_and_loggers=job.helpers, plugins=job.lightning["plugins"])
     with connect.connection(config, job):
-        cluster = preflight.check_resources(config.num_workers, ray.bundle(config), WAIT_FOR_NODES_S, terminal.say)
+        cluster = preflight.check_resources(
+            config.num_workers, ray.bundle(config), preflight.WAIT_FOR_NODES_S, terminal.say
+        )
         preflight.check_shared_storage(job.folder, cluster)
         workers = f"{config.num_workers} worker{'s' if config.num_workers > 1 else ''}"
         yield f"{workers} on {'GPU' if config.use_gpu else 'CPU'}, Ray {cluster}", lambda: ray.launch(job, config)
