@@ -41,7 +41,7 @@ echo {home}/ray_mnist > {disk}/venv/all/{editable}
 mkdir -p $root{environment} $root{home}/ray_mnist/.venv $root/run/sshd
 mount --bind {disk}/venv/all $root{environment}
 mount --bind {disk}/venv/all $root{home}/ray_mnist/.venv
-if [ ! -e $root{python} ]; then mkdir -p $root{python}; mount --bind {python} $root{python}; fi
+if [ ! -e $root{python}/bin ]; then mkdir -p $root{python}; mount --bind {python} $root{python}; fi
 for folder in {shared}; do mkdir -p $root/mnt/shared; mount --bind $folder $root/mnt/shared; done
 mount -t proc proc $root/proc
 mount -o remount,bind,ro $root

@@ -14,6 +14,8 @@ from ray.autoscaler._private.aws.config import bootstrap_aws
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from ray_mnist.checkup import cluster_file
+
 CLUSTER = Path(__file__).parents[1] / "cluster"
 FOR_RAY_UP = ("gpu.yaml", "gpu-gcp.yaml", "local.yaml", "tpu.yaml")
 
@@ -44,6 +46,17 @@ def test_ray_up_accepts_it_and_every_node_gets_the_same(name: str) -> None:
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert all((CLUSTER.parent / path).exists() for path in config["file_mounts"].values() if path[0] != "~")
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
+
+
+@pytest.mark.parametrize("name", [*FOR_RAY_UP, "kuberay.yaml"])
+def test_the_doctor_finds_only_what_is_left_to_edit(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(CLUSTER.parent)
+    findings = [finding for _, found in cluster_file.checks(f"cluster/{name}") for finding in found]
+    assert all("still has the placeholder" in finding for finding in findings), findings
+    assert bool(findings) == (name != "gpu.yaml")
 
 
 @pytest.mark.usefixtures("aws")

@@ -69,6 +69,10 @@ def test_two_workers_on_two_machines_train(laptop: Laptop, network: Network, mni
     assert (laptop.project / "run" / "result.json").is_file()
 
 
+def test_the_doctor_finds_the_cluster_well(laptop: Laptop) -> None:
+    assert "the cluster is well" in laptop.do(f"ray exec {FILE} 'python -m ray_mnist.doctor'")
+
+
 def test_a_sweep_runs_on_the_machines(laptop: Laptop, network: Network) -> None:
     sweep = "--num-samples 2 --num-workers 2 --max-epochs 2 --data.dataset digits --name sweep"
     said = laptop.do(f"ray exec {FILE} 'python -m ray_mnist.tune {sweep}'")
