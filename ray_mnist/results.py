@@ -227,13 +227,14 @@ def read_metrics(folder: RunFolder) -> list[Row]:
     return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(io.StringIO(text))]
 
 
-def read_failures(folder: RunFolder) -> list[list[str]]:
-    """What went wrong with the workers: a list of sentences for each time that some failed."""
+def read_failures(folder: RunFolder) -> list[str]:
+    """What went wrong with the workers, and what came of it: a line for each time that some failed."""
     try:
         text = folder.read(FAILURES).decode()
     except FileNotFoundError:
         return []
-    return [json.loads(line)["workers"] for line in text.splitlines()]
+    failures = [json.loads(line) for line in text.splitlines()]
+    return ["; ".join([*failure["workers"], failure["then"]]) for failure in failures]
 
 
 def throughput(history: list[Row]) -> float | None:

@@ -41,7 +41,7 @@ def follow(folder: RunFolder, max_epochs: int) -> Iterator[None]:
     def show_news() -> None:
         nonlocal shown_epochs, shown_failures
         for failure in read_failures(folder)[shown_failures:]:
-            say(f"failure: {'; '.join(failure)}")
+            say(f"failure: {failure}")
             shown_failures += 1
         for row in read_metrics(folder)[shown_epochs:]:
             say(epoch_line(row, max_epochs))

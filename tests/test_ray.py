@@ -18,7 +18,7 @@ from conftest import wait_until
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.errors import RequestError, TrainingError
-from ray_mnist.results import CHECKPOINT, RunFolder, read_metrics
+from ray_mnist.results import CHECKPOINT, RunFolder, read_failures, read_metrics
 
 EPOCHS = 3
 STEPS_PER_EPOCH = 17  # digits: 1,151 training samples in global batches of 64
@@ -95,11 +95,14 @@ class DieOnce(pl.Callback):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_worker_costs_no_sample(rank: int, two_workers: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_costs_no_sample(
+    rank: int, two_workers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     killer = DieOnce(tmp_path / "killed", rank, step=STEPS_PER_EPOCH + 8)
     trainer = fit(tmp_path, "run", 2, callbacks=[killer], checkpoint_every_n_steps=5, max_failures=1)
     assert killer.marker.exists()
     assert trainer.result.values["restarts"] == 1
+    assert "; starting again, once all workers have room (waiting up to 600 s)" in capsys.readouterr().out
     undisturbed = final_weights(two_workers.parent, "two")
     for key, value in final_weights(tmp_path, "run").items():
         assert torch.equal(value, undisturbed[key]), key
@@ -111,6 +114,7 @@ def test_a_killed_worker_costs_no_sample(rank: int, two_workers: Path, tmp_path:
 def test_failures_beyond_the_limit_end_the_run_in_one_sentence(cluster: None, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="worker 1 died: killed, out of memory"):
         fit(tmp_path, "run", 2, callbacks=[DieOnce(tmp_path / "killed", 1, step=2)], max_failures=0)
+    assert read_failures(RunFolder(str(tmp_path), "run"))[0].endswith("; giving up")
 
 
 class BuggyModel(SimpleModel):
@@ -159,7 +163,7 @@ def test_a_run_whose_driver_ends_leaves_nothing_and_resumes(how: signal.Signals,
         wait_until(lambda: len(folder.checkpoints()) > 0 or driver.poll() is not None, 120, "the first checkpoint")
         started = descendants(driver.pid)
         driver.send_signal(how)
-        output, _ = driver.communicate(timeout=10)
+        output, _ = driver.communicate(timeout=30)
         _, alive = psutil.wait_procs(started, timeout=10)
     finally:
         driver.kill()

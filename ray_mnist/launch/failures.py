@@ -8,14 +8,16 @@ import ray.train
 from ray.exceptions import RayError
 
 from ray_mnist.errors import RequestError, TrainingError
+from ray_mnist.preflight import WAIT_FOR_NODES_S
 from ray_mnist.results import FAILURES, RunFolder, one_line
 
 
 class Failures(ray.train.UserCallback):
     """Runs in Ray Train's controller: writes down each failure, and ends the run where trying again is no use."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, max_failures: int) -> None:
         self.storage_path, self.name = folder.storage_path, folder.name
+        self.tries_left = max_failures
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Adds a line to the run folder's list of failures, unless the request was wrong: that leaves no folder."""
@@ -23,10 +25,16 @@ class Failures(ray.train.UserCallback):
             if isinstance(error, RequestError):
                 raise RequestError(str(error))  # without the note, which is no news
         folder = RunFolder(self.storage_path, self.name)
-        failures = [describe(rank, error) for rank, error in sorted(worker_exceptions.items())]
+        failures = [describe(rank, error).message for rank, error in sorted(worker_exceptions.items())]
+        bug = any(is_bug(error) for error in worker_exceptions.values())
+        again = self.tries_left > 0 and not bug
+        self.tries_left -= 1
+        then = (
+            f"starting again, once all workers have room (waiting up to {WAIT_FOR_NODES_S} s)" if again else "giving up"
+        )
         before = folder.read(FAILURES).decode() if folder.has(FAILURES) else ""
-        folder.write(FAILURES, before + json.dumps({"workers": [failure.message for failure in failures]}) + "\n")
-        if any(is_bug(error) for error in worker_exceptions.values()):
+        folder.write(FAILURES, before + json.dumps({"workers": failures, "then": then}) + "\n")
+        if bug:
             raise describe_all(worker_exceptions)
 
 

@@ -181,7 +181,7 @@ def launch(job: Job, config: RunConfig, trainer_class: type[TorchTrainer] = Torc
                     max_preemption_failures=config.max_failures,
                     controller_failure_limit=1,
                 ),
-                callbacks=[Failures(job.folder)],
+                callbacks=[Failures(job.folder, config.max_failures)],
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),
         )
