@@ -21,20 +21,20 @@ from lightning_fabric.accelerators import XLAAccelerator
 from torch_xla import runtime
 
 
-def pretend(chips: int) -> None:
+def pretend(chips: int, change: Callable[[Any, str, Any], None] = setattr) -> None:
     """Gives this process, and those that it forks, a host with so many chips."""
-    ray.util.tpu.get_num_tpu_chips_on_node = lambda: chips
-    ray.util.tpu.get_current_pod_worker_count = lambda: 1
-    XLAAccelerator.auto_device_count = staticmethod(lambda: chips)
-    XLAAccelerator.is_available = staticmethod(lambda: chips > 0)
-    if chips == 1:
+    change(ray.util.tpu, "get_num_tpu_chips_on_node", lambda: chips)
+    change(ray.util.tpu, "get_current_pod_worker_count", lambda: 1)
+    change(XLAAccelerator, "auto_device_count", staticmethod(lambda: chips))
+    change(XLAAccelerator, "is_available", staticmethod(lambda: chips > 0))
+    if chips <= 1:
         return
 
     def spawn(function: Callable[..., None], args: tuple[Any, ...], start_method: str) -> None:
         with ProcessPoolExecutor(chips, get_context(start_method)) as processes:
             list(processes.map(on_chip, range(chips), [chips] * chips, [function] * chips, [args] * chips))
 
-    xmp.spawn = spawn
+    change(xmp, "spawn", spawn)
 
 
 def on_chip(rank: int, chips: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -59,6 +59,8 @@ def rank_zero_weights(model: torch.nn.Module) -> None:
 
 
 if __name__ == "__main__":
+    import fake_tpu  # by its name, for runpy takes the other one
+
     _, chips, module, *sys.argv[1:] = sys.argv
-    pretend(int(chips))
+    fake_tpu.pretend(int(chips))
     runpy.run_module(module, run_name="__main__", alter_sys=True)

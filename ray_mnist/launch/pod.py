@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch.distributed as dist
 from ray.exceptions import RayError, RayTaskError
 from ray.util.tpu import SlicePlacementGroup, run_on_slice, slice_placement_group
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ray_mnist.errors import RequestError, TrainingError
 from ray_mnist.launch import tpu
@@ -108,7 +108,7 @@ def launch(job: Job, hosts: SlicePlacementGroup) -> Outcome | Evaluation:
         TrainingError: training failed.
     """
     address = ray.util.get_node_ip_address()
-    store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+    store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
     arguments = (job, hosts.chips_per_host, (address, store.port), this_folder())
     outcomes = on_every_host(train_on_host, *arguments, hosts=hosts)
     return next(outcome for outcome in outcomes if outcome is not None)

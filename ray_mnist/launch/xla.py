@@ -15,9 +15,12 @@ import torch.distributed as dist
 import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.distributed.xla_multiprocessing as xmp
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceXLAStrategy, XLAStrategy
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies.single_xla import SingleDeviceXLAStrategy
+from pytorch_lightning.strategies.xla import XLAStrategy
 from ray import cloudpickle
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch_xla import runtime
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -131,7 +134,7 @@ def launch(job: Job, cores: int) -> Outcome | Evaluation:
         outcomes: list[Outcome | Evaluation] = []
         xmp.spawn(lambda _: outcomes.append(local.launch(job, Core(job, cores))), nprocs=1)
         return outcomes[0]
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     outcome = launch_host(job, cores, ("127.0.0.1", store.port))
     assert outcome is not None
     return outcome
@@ -160,10 +163,11 @@ def launch_host(job: Job, cores: int, address: Address) -> Outcome | Evaluation 
 def run_on_core(rank: int, packed: bytes, cores: int, address: Address, folder: str) -> None:
     """What the process of each core runs. One that fails ends the others: they would wait for it."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing stays behind a process that is killed
+    torch.set_num_threads(1)  # a fork has none of its parent's other threads, and OpenMP would wait for them
     try:
         if runtime.addressable_device_count() > 1:
             raise RequestError("--tpu-cores: chips of two cores each (TPU v2, v3) train on one core only: use 1.")
-        store = dist.TCPStore(*address, is_master=False)
+        store = TCPStore(*address, is_master=False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=runtime.world_size())
         job: Job = cloudpickle.loads(packed)
         outcome = travel.brought_home(job, Core(job, cores))
