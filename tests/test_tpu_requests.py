@@ -1,6 +1,7 @@
 """A TPU that is not there, or not all that it takes: one sentence, in seconds, in an environment without torch_xla."""
 
 import importlib.metadata
+import os
 import sys
 import time
 import tomllib
@@ -47,6 +48,8 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None
             return versions[name]
 
         monkeypatch.setattr(tpu, "version", version)
+        monkeypatch.setenv("PJRT_DEVICE", "")  # has what is set later undone
+        monkeypatch.delenv("PJRT_DEVICE")
 
     return pretend
 
@@ -98,6 +101,7 @@ def test_what_matches_is_taken(chips: Callable[..., None], packages: Callable[[d
     packages(TPU_ENVIRONMENT)
     for cores in (1, 8):
         assert Trainer(tpu_cores=cores).config.tpu_cores == cores
+    assert os.environ["PJRT_DEVICE"] == "TPU"
 
 
 def test_the_versions_are_those_of_the_extra() -> None:

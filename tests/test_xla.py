@@ -81,7 +81,8 @@ def test_digits_on_one_core_as_on_the_cpu(train: Callable[..., Run], tmp_path: P
     assert (where, len(epochs)) == ("run folder runs/tpu", 10)
     result = result_of(tmp_path, "tpu")
     assert summary == f"test accuracy {result['test_accuracy']:.4f} on 359 samples; run folder runs/tpu"
-    assert (result["device"], result["steps"], result["restarts"]) == ("xla", 10 * STEPS_PER_EPOCH, 0)
+    assert (result["device"], result["versions"]["torch_xla"]) == ("xla", "2.9.0")
+    assert (result["steps"], result["restarts"]) == (10 * STEPS_PER_EPOCH, 0)
     assert (tmp_path / "runs/tpu/plots/mistakes.png").exists()
 
     assert train(0, "--dataset", "digits", "--name", "cpu").returncode == 0
@@ -248,3 +249,20 @@ def test_cores_do_not_outlive_a_killed_driver(tmp_path: Path) -> None:
     driver.communicate()
     _, alive = psutil.wait_procs(cores, timeout=10)
     assert not alive
+
+
+def test_two_hosts_of_a_slice_train_as_one(train: Callable[..., Run], tmp_path: Path) -> None:
+    arguments = ("--dataset", "digits", "--max-epochs", "2")
+    one = train(1, *arguments, "--tpu-cores", "1", "--name", "one")
+    assert one.returncode == 0, one.stderr
+    script = [sys.executable, str(Path(__file__).with_name("fake_pod.py")), *arguments, "--tpu-cores", "8"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [*script, "--name", "two"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 TPU cores, Lightning's XLA trainer on 2 hosts, Ray " in done.stdout
+    assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), rel=1e-4)
+    of_one, of_two = result_of(tmp_path, "one"), result_of(tmp_path, "two")
+    assert of_two["test_accuracy"] == pytest.approx(of_one["test_accuracy"], abs=0.003)
+    assert (of_two["test_samples"], of_two["best_checkpoint"]) == (359, of_one["best_checkpoint"])

@@ -117,7 +117,7 @@ def launch(job: Job, hosts: SlicePlacementGroup) -> Outcome | Evaluation:
 def train_on_host(job: Job, cores: int, address: Any, folder: Any) -> Outcome | Evaluation | None:
     """What each host runs; the outcome comes from the one with rank 0."""
     go_to(folder)
-    tpu.check_packages()  # this host's
+    tpu.check_torch_xla()  # this host's
     from ray_mnist.launch import xla
 
     return xla.launch_host(job, cores, address)

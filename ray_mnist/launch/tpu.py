@@ -34,7 +34,7 @@ def check(config: RunConfig) -> None:
     if not on_cluster(config):
         check_chips(config.tpu_cores, tpu.get_num_tpu_chips_on_node())
     check_backend(find_spec("torch_tpu") is not None)
-    check_packages()
+    check_torch_xla()
 
 
 def on_cluster(config: RunConfig) -> bool:
@@ -80,8 +80,12 @@ def check_backend(has_torch_tpu: bool) -> None:
         )
 
 
-def check_packages() -> None:
-    """Raises RequestError unless torch_xla is installed, and the torch that it was built for."""
+def check_torch_xla() -> None:
+    """Looks at what is installed, before torch_xla is imported.
+
+    Raises:
+        RequestError: it is not installed, or not with the torch that it was built for.
+    """
     for requirement in requirements():
         try:
             found = version(requirement.name)
@@ -95,6 +99,8 @@ def check_packages() -> None:
                 f"--tpu-cores needs {requirement.name} {requirement.specifier}, and this environment has {found}, with "
                 f"which torch_xla would crash: {how_to_install()}."
             )
+    # Where it cannot have the TPU, it would train on the CPU and call that a TPU.
+    os.environ.setdefault("PJRT_DEVICE", "TPU")
 
 
 def requirements() -> Iterator[Requirement]:
