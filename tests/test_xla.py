@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +20,7 @@ os.environ["PJRT_DEVICE"] = "CPU"
 import fake_tpu
 import pytorch_lightning as pl
 import torch
+import torch_xla.core.xla_model as xm
 from conftest import wait_until
 from lightning_fabric.plugins.precision.xla import _PRECISION_INPUT
 from torch import nn
@@ -187,6 +189,33 @@ def test_nothing_is_compiled_after_the_first_epoch(one_chip: None, tmp_path: Pat
     assert (result["val_samples"], result["test_samples"]) == (287, 359)
 
 
+class Lazy(SimpleModel):
+    """Asks for no value before the evaluation is over."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        images, labels = batch
+        self.log("val_loss", nn.functional.cross_entropy(self(images), labels), batch_size=len(labels))
+
+
+class Executed(pl.Callback):
+    """How often the device had computed when each batch of the validation came."""
+
+    def __init__(self) -> None:
+        self.before: list[int] = []
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        xm.wait_device_ops()
+        self.before.append(metrics.counter_value("ExecuteComputation"))
+
+
+def test_an_evaluation_is_computed_batch_by_batch(one_chip: None, tmp_path: Path) -> None:
+    executed = Executed()
+    trainer = Trainer(tpu_cores=1, storage_path=str(tmp_path), callbacks=[executed])
+    trainer.validate(Lazy(), SmallBatches("digits"), verbose=False)
+    assert len(executed.before) == 5
+    assert all(later > earlier for earlier, later in pairwise(executed.before)), executed.before
+
+
 def test_bf16_is_kept_in_16_bits(train: Callable[..., Run], tmp_path: Path) -> None:
     arguments = ("--dataset", "digits", "--max-epochs", "3", "--tpu-cores", "1", "--precision", "bf16-true")
     done = train(1, *arguments, "--name", "bf16")
@@ -246,8 +275,10 @@ def test_cores_do_not_outlive_a_killed_driver(tmp_path: Path) -> None:
     cores = psutil.Process(driver.pid).children(recursive=True)
     assert len(cores) >= 2
     driver.kill()
-    driver.communicate()
+    driver.wait(10)
     _, alive = psutil.wait_procs(cores, timeout=10)
+    for core in alive:
+        core.kill()
     assert not alive
 
 
