@@ -37,7 +37,7 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Steps:
-    """What both of Lightning's strategies leave to MpDeviceLoader or do not do."""
+    """What Lightning's strategies for one core and for all of them both lack."""
 
     def batch_to_device(self, batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
         """Has the device run what was computed so far: the graph of an evaluation would have all its batches in it."""
@@ -50,14 +50,15 @@ class Steps:
 
 
 class OneCoreStrategy(Steps, SingleDeviceXLAStrategy):
-    """Lightning's."""
+    """Lightning's for one core."""
 
 
 class EachCoreStrategy(Steps, XLAStrategy):
-    """Lightning's, inside a process that was started for one of the cores.
+    """Lightning's for all cores, inside a process that was started for one of them.
 
-    Lightning itself would start one for each fit and each test, and bring home little of what happened there. What
-    the processes tell each other, other than gradients, goes over their process group: nothing is compiled for it.
+    Lightning itself would start one for each fit and each test, and bring home little of what happened there; it has
+    no public way to be told that it need not. What the processes tell each other, other than gradients, goes over
+    their process group: nothing is compiled for it.
     """
 
     def __init__(self) -> None:
