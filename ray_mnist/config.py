@@ -52,7 +52,7 @@ class RunConfig:
             raise RequestError("--use-gpu and --tpu-cores were both given: a run trains on GPUs or on a TPU, drop one.")
         if self.num_workers and self.tpu_cores:
             raise RequestError(
-                "--num-workers and --tpu-cores were both given: each TPU core is a worker, drop --num-workers."
+                "--num-workers and --tpu-cores were both given: each TPU core is a worker, drop one."
             )
         if self.resume and not self.name:
             raise RequestError("--resume needs --name, the run to go on with.")
