@@ -27,7 +27,10 @@ class RunConfig:
     max_epochs: int = _option(10, "passes over the training set")
     seed: int = _option(0, "seeds the weights, the split and the order of the samples")
     precision: str = _option("32-true", "Lightning's precision, such as 32-true, 16-mixed, bf16-mixed")
-    storage_path: str = _option("runs", "folder or URI that the run folder is made in")
+    storage_path: str = _option(
+        os.environ.get("RAY_MNIST_STORAGE_PATH", "runs"),  # a cluster's nodes have it set
+        "folder or URI that the run folder is made in",
+    )
     name: str | None = _option(None, "the run folder's name (default: data set, model and time)")
     resume: bool = _option(False, "go on from the newest checkpoint of the run called --name")
     max_failures: int = _option(3, "how often to start again from the newest checkpoint when a worker dies")
@@ -51,9 +54,7 @@ class RunConfig:
         if self.use_gpu and self.tpu_cores:
             raise RequestError("--use-gpu and --tpu-cores were both given: a run trains on GPUs or on a TPU, drop one.")
         if self.num_workers and self.tpu_cores:
-            raise RequestError(
-                "--num-workers and --tpu-cores were both given: each TPU core is a worker, drop one."
-            )
+            raise RequestError("--num-workers and --tpu-cores were both given: each TPU core is a worker, drop one.")
         if self.resume and not self.name:
             raise RequestError("--resume needs --name, the run to go on with.")
         if self.name is not None and (not self.name or set("/\\") & set(self.name) or self.name.startswith(".")):
@@ -63,6 +64,37 @@ class RunConfig:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise RequestError(f"{flag(name)} {value} is not possible: give a whole number of at least {least}.")
+
+
+@dataclass(kw_only=True)
+class SweepConfig:
+    """How to search, as `tune` and its command line take it.
+
+    Raises:
+        RequestError: an option cannot mean anything.
+    """
+
+    num_samples: int = _option(12, "how many trials; a grid search has one for each combination")
+    search: str = _option("random", "random, grid or optuna (a package of its own)")
+    scheduler: str = _option("asha", "asha stops trials that fall behind, fifo stops none")
+    max_concurrent: int | None = _option(None, "how many trials at a time (default: as many as fit)")
+    time_budget: float | None = _option(None, "seconds after which no trial goes on")
+    metric: str = _option("val_loss", "what the best trial is chosen by, of the validation set")
+    mode: str = _option("min", "whether the metric is to be as small (min) or as large (max) as possible")
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("search", ("random", "grid", "optuna")),
+            ("scheduler", ("asha", "fifo")),
+            ("mode", ("min", "max")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise RequestError(f"--{name} {getattr(self, name)} is not known: use one of {', '.join(allowed)}.")
+        for name, value in (("num-samples", self.num_samples), ("max-concurrent", self.max_concurrent)):
+            if value is not None and value < 1:
+                raise RequestError(f"--{name} {value} is not possible: give a whole number of at least 1.")
+        if self.time_budget is not None and self.time_budget <= 0:
+            raise RequestError(f"--time-budget {self.time_budget} is not possible: give a positive number of seconds.")
 
 
 def flag(name: str) -> str:

@@ -3,6 +3,7 @@
 Ray is imported only where a cluster is asked: a run in this process does without it.
 """
 
+import json
 import socket
 import time
 import uuid
@@ -19,6 +20,7 @@ Bundle = dict[str, float]
 CONNECT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 15
 PROBE_TIMEOUT_S = 60
+WAIT_FOR_NODES_S = 600  # a cloud's machine takes minutes to start and to be set up
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,18 @@ def has_autoscaler() -> bool:
     return is_autoscaler_v2(fetch_from_server=True)
 
 
+def nodes_are_joining() -> bool:
+    """Whether an autoscaler of version 1, as `cluster/local.yaml` has it, is bringing up nodes.
+
+    Ray has no public call for it.
+    """
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report", {})
+    return bool(report.get("pending_nodes") or report.get("pending_launches"))
+
+
 def is_beyond_the_autoscaler(group: Any) -> bool:
     """Whether the autoscaler has found that it cannot add the nodes that the placement group waits for.
 
@@ -92,7 +106,8 @@ def check_resources(num_workers: int, bundle: Bundle, wait_s: float, say: Callab
     room = cluster.room_for(bundle)
     needs = f"The run needs {wanted(num_workers, bundle)}"
     has = f"the cluster at {cluster} has room for {room} of the {num_workers} workers"
-    if room < num_workers and not has_autoscaler():
+    grows_on_demand = has_autoscaler()
+    if room < num_workers and not grows_on_demand and not nodes_are_joining():
         raise RequestError(f"{needs}; {has}: {way_out(room, bundle)}")
     group = placement_group([bundle] * num_workers)
     try:
@@ -101,7 +116,7 @@ def check_resources(num_workers: int, bundle: Bundle, wait_s: float, say: Callab
             say(f"waiting up to {wait_s:.0f} s for {why}: {wanted(num_workers, bundle)}")
             deadline = time.monotonic() + wait_s
             while not group.wait(1):
-                if room < num_workers and is_beyond_the_autoscaler(group):
+                if room < num_workers and grows_on_demand and is_beyond_the_autoscaler(group):
                     raise RequestError(
                         f"{needs}; {has}, and its autoscaler cannot add nodes enough: {way_out(room, bundle)}"
                     )

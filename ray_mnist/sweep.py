@@ -1,11 +1,8 @@
 """The sweep: many trials over learning rate, batch size and more; the best is tested once and handed over."""
 
-import csv
-import io
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,15 +13,15 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from ray_mnist import preflight, space, summary, terminal
 from ray_mnist.arguments import for_lightning
-from ray_mnist.config import OPTIONS, RunConfig, global_seed
+from ray_mnist.config import OPTIONS, RunConfig, SweepConfig, global_seed
 from ray_mnist.data import MNISTDataModule
-from ray_mnist.errors import RequestError, TrainingError
+from ray_mnist.errors import RequestError
 from ray_mnist.launch import nested
-from ray_mnist.launch.choose import WAIT_FOR_NODES_S
 from ray_mnist.launch.connect import connection, environment, this_folder
 from ray_mnist.launch.ray import bundle, in_thread
 from ray_mnist.launch.trial import Build, Plan, Trial, test_winner
-from ray_mnist.results import Row, RunFolder, one_line, read_metrics, to_json
+from ray_mnist.results import RunFolder, checkpoint_name, one_line, read_metrics, to_json
+from ray_mnist.sweep_results import STOPPED_EARLY, SweepResult, TrialRow, reason, trials_csv, winner_of
 from ray_mnist.sweep_table import Table
 from ray_mnist.worker import Job
 
@@ -34,63 +31,6 @@ TUNE_SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # its own tables, which nothing else turns off
     "TUNE_MAX_PENDING_TRIALS_PG": "1",
 }
-
-
-@dataclass(kw_only=True)
-class SweepConfig:
-    """How to search.
-
-    Raises:
-        RequestError: an option cannot mean anything.
-    """
-
-    num_samples: int = 12
-    search: str = "random"
-    scheduler: str = "asha"
-    max_concurrent: int | None = None
-    time_budget: float | None = None
-    metric: str = "val_loss"
-    mode: str = "min"
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("search", ("random", "grid", "optuna")),
-            ("scheduler", ("asha", "fifo")),
-            ("mode", ("min", "max")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise RequestError(f"--{name} {getattr(self, name)} is not known: use one of {', '.join(allowed)}.")
-        for name, value in (("num-samples", self.num_samples), ("max-concurrent", self.max_concurrent)):
-            if value is not None and value < 1:
-                raise RequestError(f"--{name} {value} is not possible: give a whole number of at least 1.")
-        if self.time_budget is not None and self.time_budget <= 0:
-            raise RequestError(f"--time-budget {self.time_budget} is not possible: give a positive number of seconds.")
-
-
-@dataclass
-class TrialRow:
-    """One trial: its parameters by their dotted names, its epochs, and what became of it."""
-
-    name: str
-    parameters: dict[str, Any]
-    history: list[Row]
-    status: str  # done, stopped early, or failed: and why
-    seconds: float
-
-    def best(self, metric: str, mode: str) -> Row | None:
-        """The best of its epochs; None if none was validated."""
-        rows = [row for row in self.history if row.get(metric) == row.get(metric, float("nan"))]
-        choose = min if mode == "min" else max
-        return choose(rows, key=lambda row: row[metric]) if rows and self.status[:6] != "failed" else None
-
-
-@dataclass
-class SweepResult:
-    """What came of a sweep: `values` is result.json, `path` the sweep folder, `trials` a row each."""
-
-    path: str
-    values: dict[str, Any]
-    trials: list[TrialRow] = field(repr=False)
 
 
 def tune(
@@ -161,8 +101,13 @@ class Sweep:
             raise RequestError("--tpu-cores: trials train on CPUs or GPUs, drop it.")
         theirs = {name: value for name, value in arguments.items() if name not in set(OPTIONS) - {"max_epochs"}}
         self.lightning = for_lightning(theirs | {"logger": arguments.get("logger", False)}, self.config)
-        self.build, self.domains, self.sweep, self.whole_config = build, domains, sweep, whole_config
+        self.build, self.domains, self.sweep = build, domains, sweep
+        self.whole_config = whole_config or self._saved_arguments
         self.asked_for = asked_for or {**vars(self.config), **vars(sweep)}
+
+    def _saved_arguments(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        model, datamodule = self.build(parameters)
+        return summary.whole_config(self.config, model, {"datamodule": datamodule}, "")
 
     def run(self) -> SweepResult:
         """Runs the trials, tests the best, and writes the sweep folder.
@@ -174,29 +119,31 @@ class Sweep:
         started = time.time()
         with terminal.quiet():
             model, datamodule = self._try_out()
-            dataset = summary.dataset_name({"datamodule": datamodule}, model)
+            self.model_name = type(model).__name__
+            self.dataset = summary.dataset_name({"datamodule": datamodule}, model)
             stamp = time.strftime("%Y%m%d-%H%M%S")
-            folder = RunFolder(
-                self.config.storage_path, self.config.name or f"sweep-{dataset}-{type(model).__name__}-{stamp}"
-            )
+            name = self.config.name or f"sweep-{self.dataset}-{self.model_name}-{stamp}"
+            folder = RunFolder(self.config.storage_path, name)
             self._check_name(folder)
             preflight.check_storage(folder, 1_000_000)
-            job = Job("fit", model, {"datamodule": datamodule}, folder.storage_path, folder.name, 0)
-            job.lightning = self.lightning
-            needs = nested.bundles(self.config.num_workers, bundle(self.config))
-            at_once = self.sweep.max_concurrent or max(1, (os.cpu_count() or 1) // max(1, self.config.num_workers))
+            job = Job("fit", model, {"datamodule": datamodule}, folder.storage_path, name, 0, lightning=self.lightning)
+            workers = max(1, self.config.num_workers)
+            needs = nested.bundles(workers, bundle(self.config))
+            at_once = self.sweep.max_concurrent or max(1, (os.cpu_count() or 1) // workers)
             with environment(TUNE_SETTINGS), connection(self.config, job, at_once * len(needs)):
-                workers = max(1, self.config.num_workers)
-                cluster = preflight.check_resources(workers, bundle(self.config), WAIT_FOR_NODES_S, terminal.say)
+                cluster = preflight.check_resources(
+                    workers, bundle(self.config), preflight.WAIT_FOR_NODES_S, terminal.say
+                )
                 preflight.check_shared_storage(folder, cluster)
-                terminal.say(f"sweep over {', '.join(self.domains)} of {summary.describe_model(model)} on {dataset}")
+                searched = ", ".join(self.domains)
+                terminal.say(f"sweep over {searched} of {summary.describe_model(model)} on {self.dataset}")
                 terminal.say(f"{workers} worker{'s' * (workers > 1)} a trial, Ray {cluster}; sweep folder {folder}")
                 try:
                     grid = in_thread(self._tuner(folder, needs).fit)
                 except KeyboardInterrupt:
-                    raise KeyboardInterrupt(f"go on with --resume --name {folder.name}") from None
-                rows = [self._row(folder, result) for result in grid]
-                return self._hand_over(folder, rows, dataset, started)
+                    raise KeyboardInterrupt(f"go on with --resume --name {name}") from None
+                begun = [result for result in grid if result.error or result.config]  # before the time was up
+                return self._hand_over(folder, [self._row(folder, result) for result in begun], started)
 
     def _try_out(self) -> tuple[pl.LightningModule, pl.LightningDataModule]:
         """Makes model and data at every end of the space, so that what cannot be made is found before any trial."""
@@ -261,60 +208,49 @@ class Sweep:
     def _row(self, folder: RunFolder, result: Any) -> TrialRow:
         metrics = result.metrics or {}
         name = metrics.get("trial_id", "")
-        history = read_metrics(RunFolder(f"{folder.storage_path}/{folder.name}/trials", name)) if name else []
-        status = "done" if history and history[-1]["epoch"] >= self.config.max_epochs else "stopped early"
+        history = read_metrics(self._trial_folder(folder, name)) if name else []
+        status = "done" if history and history[-1]["epoch"] >= self.config.max_epochs else STOPPED_EARLY
         if result.error:
             status = f"failed: {reason(result.error)}"
-        return TrialRow(name, dict(result.config), history, status, metrics.get("time_total_s", 0.0))
+        return TrialRow(name, dict(result.config or {}), history, status, metrics.get("time_total_s", 0.0))
 
-    def _hand_over(self, folder: RunFolder, rows: list[TrialRow], dataset: str, started: float) -> SweepResult:
+    def _hand_over(self, folder: RunFolder, rows: list[TrialRow], started: float) -> SweepResult:
         from ray_mnist import sweep_plots
 
-        metric, mode = self.sweep.metric, self.sweep.mode
-        folder.write("trials.csv", trials_csv(rows, metric, mode))
-        ranked = [(row, best) for row in rows if (best := row.best(metric, mode)) is not None]
-        if not ranked:
-            raise TrainingError(f"no trial succeeded: {rows[0].status if rows else 'none was started'}")
-        winner, best = (min if mode == "min" else max)(ranked, key=lambda pair: pair[1][metric])
-        trials = f"{folder.storage_path}/{folder.name}/trials"
-        checkpoint = f"checkpoint_{int(best['step']):09d}"
-        won = RunFolder(trials, winner.name)
-        with won.local_checkpoint(checkpoint) as path:
-            assert path is not None
+        folder.write("trials.csv", trials_csv(rows, self.sweep.metric, self.sweep.mode))
+        winner, best = winner_of(rows, self.sweep.metric, self.sweep.mode)
+        with self._trial_folder(folder, winner.name).local_checkpoint(checkpoint_name(int(best["step"]))) as path:
+            assert path is not None, "a run folder keeps its best checkpoint"
             folder.add_checkpoint(os.path.dirname(path), "best")
-        model, datamodule = self.build(winner.parameters)
-        test_metrics = self._test(folder, winner.parameters)
-        whole = (
-            self.whole_config(winner.parameters)
-            if self.whole_config
-            else summary.whole_config(self.config, model, {"datamodule": datamodule}, folder.name)
-        )
+        tested = self._test(folder, winner.parameters)
+        whole = self.whole_config(winner.parameters)
         folder.write("best_config.yaml", yaml.safe_dump({**whole, "name": None, "resume": False}, sort_keys=False))
         values = {
             "name": folder.name,
-            "dataset": dataset,
-            "model": type(model).__name__,
+            "dataset": self.dataset,
+            "model": self.model_name,
             "parameters": winner.parameters,
             "trial": winner.name,
             "trials": len(rows),
-            "failed": sum(row.status.startswith("failed") for row in rows),
-            "stopped_early": sum(row.status == "stopped early" for row in rows),
+            "failed": sum(row.failed for row in rows),
+            "stopped_early": sum(row.status == STOPPED_EARLY for row in rows),
             "num_workers": self.config.num_workers,
             "seed": self.config.seed,
             "epochs": len(winner.history),
-            "val_loss": best.get("val_loss"),
-            "val_accuracy": best.get("val_accuracy"),
-            "test_loss": test_metrics.get("test_loss"),
-            "test_accuracy": test_metrics.get("test_accuracy"),
+            **{key: best.get(key) for key in ("val_loss", "val_accuracy")},
+            **{key: tested.get(key) for key in ("test_loss", "test_accuracy")},
             "best_checkpoint": "best",
             "seconds": time.time() - started,
             "versions": summary.versions(),
         }
         folder.write("result.json", to_json(values))
-        sweep_plots.draw(folder, rows, metric, mode)
+        sweep_plots.draw(folder, rows, self.sweep.metric, self.sweep.mode)
         for row in rows:  # the winner's weights are in the sweep folder
-            RunFolder(trials, row.name).keep_only()
+            self._trial_folder(folder, row.name).keep_only()
         return SweepResult(str(folder), values, rows)
+
+    def _trial_folder(self, folder: RunFolder, trial: str) -> RunFolder:
+        return RunFolder(f"{folder.storage_path}/{folder.name}/trials", trial)
 
     def _plan(self, folder: RunFolder) -> Plan:
         return Plan(
@@ -347,26 +283,3 @@ def optuna(seed: int) -> Any:
         return OptunaSearch(seed=seed)
     except (ImportError, AssertionError) as error:
         raise RequestError("--search optuna needs the package optuna: pip install optuna.") from error
-
-
-def reason(error: BaseException) -> str:
-    """Why a trial failed, in a line."""
-    cause = getattr(error, "cause", None) or error
-    text = one_line(cause)
-    if "died" in text and "actor" in text.lower():
-        return "killed, out of memory, or its machine is gone"
-    return text.rpartition("TrainingError: ")[2][:300]
-
-
-def trials_csv(rows: list[TrialRow], metric: str, mode: str) -> str:
-    """One row a trial."""
-    names = list(dict.fromkeys(name for row in rows for name in row.parameters))
-    shown = list(dict.fromkeys(["val_loss", "val_accuracy", metric]))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", *names, "epochs", *shown, "status", "seconds"])
-    for row in rows:
-        best = row.best(metric, mode) or {}
-        values = [row.parameters.get(name) for name in names]
-        writer.writerow([row.name, *values, len(row.history), *(best.get(m) for m in shown), row.status, row.seconds])
-    return text.getvalue()

@@ -8,14 +8,15 @@ from ray_mnist.plots import save
 from ray_mnist.results import RunFolder
 
 if TYPE_CHECKING:
-    from ray_mnist.sweep import TrialRow
+    from ray_mnist.sweep_results import TrialRow
 
 
 def draw(folder: RunFolder, rows: "list[TrialRow]", metric: str, mode: str) -> None:
     """Writes `plots/*.png`."""
     shown = "val_accuracy" if any("val_accuracy" in row for trial in rows for row in trial.history) else metric
     save(folder, "curves", curves(rows, shown))
-    points = [(trial.parameters, best[shown]) for trial in rows if (best := trial.best(metric, mode)) and shown in best]
+    ranked = [(trial.parameters, trial.best(metric, mode)) for trial in rows if not trial.failed]
+    points = [(parameters, best[shown]) for parameters, best in ranked if best and shown in best]
     names = list(dict.fromkeys(name for parameters, _ in points for name in parameters))
     if names and points:
         save(folder, "parameters", parameters_and(points, names, shown))

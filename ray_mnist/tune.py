@@ -8,28 +8,18 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ray_mnist import commandline, space, terminal
-from ray_mnist.config import OPTIONS
+from ray_mnist.config import OPTIONS, SweepConfig, flag
 from ray_mnist.errors import RequestError
-from ray_mnist.sweep import Sweep, SweepConfig
+from ray_mnist.sweep import Sweep
 
 LR, BATCH_SIZE = "1e-4,1e-1", "32,64,128"
-HELP = {
-    "num_samples": "how many trials; a grid search has one for each combination",
-    "search": "random, grid or optuna (a package of its own)",
-    "scheduler": "asha stops trials that fall behind, fifo stops none",
-    "max_concurrent": "how many trials at a time (default: as many as fit)",
-    "time_budget": "seconds after which no trial goes on",
-    "metric": "what the best trial is chosen by, of the validation set",
-    "mode": "whether the metric is to be as small (min) or as large (max) as possible",
-}
 
 
 def make_parser() -> commandline.Parser:
     """Train's options and those of the search."""
     parser = commandline.make_parser("tune", "Search for the arguments that a model trains best with.", short=False)
     for option in fields(SweepConfig):
-        flag = "--" + option.name.replace("_", "-")
-        parser.add_argument(flag, type=option.type, default=option.default, help=HELP[option.name])
+        parser.add_argument(flag(option.name), type=option.type, default=option.default, help=option.metadata["help"])
     parser.add_argument("--lr", type=str | None, help=f"range of --model.lr, drawn by its logarithm (default: {LR})")
     parser.add_argument("--batch-size", type=str | None, help=f"choices of --data.batch_size (default: {BATCH_SIZE})")
     parser.add_argument("--dataset", type=str | None, help="short for --data.dataset")
@@ -50,7 +40,7 @@ def domains_of(config: Any) -> dict[str, Any]:
         part, argument = name.split(".")
         text = config[option]
         if text or argument in config[part].init_args:
-            written[name] = (f"--{option.replace('_', '-')}", text or default, option == "lr")
+            written[name] = (flag(option), text or default, option == "lr")
     for item in config.space:
         name, equals, text = item.partition("=")
         if not equals:

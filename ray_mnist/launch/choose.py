@@ -10,7 +10,6 @@ from ray_mnist import preflight, terminal
 from ray_mnist.config import RunConfig
 from ray_mnist.worker import Job
 
-WAIT_FOR_NODES_S = 600
 Launch = Callable[[], Any]
 Ready = Iterator[tuple[str, Launch]]
 
@@ -44,7 +43,9 @@ def on_ray(job: Job, config: RunConfig) -> Ready:
 
     check_travel(job)
     with connect.connection(config, job):
-        cluster = preflight.check_resources(config.num_workers, ray.bundle(config), WAIT_FOR_NODES_S, terminal.say)
+        cluster = preflight.check_resources(
+            config.num_workers, ray.bundle(config), preflight.WAIT_FOR_NODES_S, terminal.say
+        )
         preflight.check_shared_storage(job.folder, cluster)
         workers = f"{config.num_workers} worker{'s' if config.num_workers > 1 else ''}"
         yield f"{workers} on {'GPU' if config.use_gpu else 'CPU'}, Ray {cluster}", lambda: ray.launch(job, config)
@@ -64,7 +65,8 @@ def on_tpu(job: Job, config: RunConfig) -> Ready:
         return
     from ray_mnist.launch import pod
 
-    with connect.connection(config, job), pod.reserved(config.tpu_cores, WAIT_FOR_NODES_S, terminal.say) as hosts:
+    wait_s = preflight.WAIT_FOR_NODES_S
+    with connect.connection(config, job), pod.reserved(config.tpu_cores, wait_s, terminal.say) as hosts:
         cluster = preflight.Cluster.current()
         preflight.check_shared_storage(job.folder, cluster)
         on_hosts = f"on {hosts.num_hosts} host{'s' if hosts.num_hosts > 1 else ''}"

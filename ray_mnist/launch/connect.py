@@ -29,12 +29,7 @@ def connection(config: RunConfig, job: Job, cpus: int = 0) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    logging.getLogger("ray").setLevel(logging.ERROR)  # Ray's import has set its loggers up anew
-    # What `ray start` does, and `ray.init` for a cluster it finds itself: show the token if this user has one.
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    address = config.address or os.environ.get("RAY_ADDRESS") or preflight.this_machines_cluster()
-    if address:
-        preflight.check_address(address)
+    address = address_to_join(config.address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
@@ -60,6 +55,21 @@ def connection(config: RunConfig, job: Job, cpus: int = 0) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def address_to_join(given: str | None) -> str | None:
+    """The cluster given, the environment's, or the one that this machine is part of; None if there is none.
+
+    Raises:
+        RequestError: no Ray head answers there.
+    """
+    logging.getLogger("ray").setLevel(logging.ERROR)  # Ray's import has set its loggers up anew
+    # What `ray start` does, and `ray.init` for a cluster it finds itself: show the token if this user has one.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    address = given or os.environ.get("RAY_ADDRESS") or preflight.this_machines_cluster()
+    if address:
+        preflight.check_address(address)
+    return address
 
 
 def needs_folder(job: Job) -> bool:

@@ -22,16 +22,16 @@ from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError, TrainingError
 from ray_mnist.launch.connect import environment, go_to, this_folder
 from ray_mnist.launch.failures import Failures, describe_all
+from ray_mnist.preflight import WAIT_FOR_NODES_S
 from ray_mnist.results import Evaluation, Outcome, Row, RunFolder, one_line
 from ray_mnist.worker import Job
-
-START_TIMEOUT_S = 120
 
 # Ray Train reads these when a run starts. A value that is set already is somebody's wish and stays.
 RAY_TRAIN_SETTINGS = {
     # Relative paths in the user's code mean the same as in the script.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_S),
+    # After a failure, for a machine that takes the place of a lost one.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(WAIT_FOR_NODES_S),
     # How often Ray looks whether the workers are done or dead: 2 s would be added to every run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }

@@ -1,0 +1,135 @@
+"""The shipped cluster/gpu.yaml, taken through Ray's launcher on a stand-in for AWS.
+
+moto plays AWS; each instance that it starts is a machine made of namespaces at the instance's private address. Replaced
+in the file are how it is reached (as from a VPN) and how much of this machine each may take. Ray believes that the GPU
+machines have a GPU, by their instance type; there is none, so the training is one on CPUs, of which there are enough
+only on those machines.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import wait_until
+from machines import Laptop, Machine, Network, in_project, skip_unless_machines_can_be_made
+
+FILE = "cluster/gpu.yaml"
+AWS = "198.18.255.1"
+CREDENTIALS = {
+    "AWS_ENDPOINT_URL": f"http://{AWS}:5000",
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-west-2",
+}
+
+
+class Cloud:
+    """The machines that AWS has started, by their instance ids."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.laptop: Laptop | None = None
+        self.machines: dict[str, Machine] = {}
+        network.run("ip", "address", "add", f"{AWS}/15", "dev", "lan")
+        self.process = subprocess.Popen(
+            network.inside(sys.executable, str(Path(__file__).with_name("fake_aws.py")), AWS),
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | CREDENTIALS | {"MOTO_IAM_LOAD_MANAGED_POLICIES": "true"},
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "{}\n"
+        threading.Thread(target=self._follow, args=(self.process.stdout,), daemon=True).start()
+
+    def _follow(self, lines: Iterator[str]) -> None:
+        for line in lines:
+            running = json.loads(line)
+            for instance in self.machines.keys() - running.keys():
+                self.machines.pop(instance).off()
+            for instance in running.keys() - self.machines.keys():
+                self.machines[instance] = self._boot(instance, running[instance])
+
+    def _boot(self, instance: str, address: str) -> Machine:
+        machine = Machine(self.network, instance, address, home="/home/ubuntu", user="ubuntu", shared=False)
+        assert self.laptop is not None
+        key = next((self.laptop.home_on_disk / ".ssh").glob("ray-autoscaler*.pem"))
+        public = subprocess.run(["ssh-keygen", "-y", "-f", key], capture_output=True, check=True).stdout
+        (machine.home_on_disk / ".ssh" / "authorized_keys").write_bytes(public)
+        with (machine.home_on_disk / ".bashrc").open("a") as file:  # where a real one asks its metadata server
+            file.writelines(f"export {name}={value}\n" for name, value in CREDENTIALS.items())
+        self.network.machines.append(machine)
+        machine.on()
+        return machine
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def cloud() -> Iterator[Cloud]:
+    skip_unless_machines_can_be_made()
+    folder = Path(tempfile.mkdtemp(prefix="machines-"))
+    network = Network(folder)
+    cloud = Cloud(network)
+    try:
+        yield cloud
+    finally:
+        cloud.close()
+        network.close()
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_up_train_lose_a_spot_machine_and_down(cloud: Cloud) -> None:
+    laptop = cloud.laptop = Laptop(cloud.network, "198.18.0.1")
+    with (laptop.home_on_disk / ".bashrc").open("a") as file:
+        file.writelines(f"export {name}={value}\n" for name, value in CREDENTIALS.items())
+    caps = {"ray start": "ray start --object-store-memory=100000000", "    resources: {}": "    resources: {CPU: 1}"}
+    laptop.edit(FILE, {"type: aws": "type: aws\n  use_internal_ips: true"} | caps)
+
+    def aws(call: str) -> Any:
+        ask = f"import boto3, json, sys; json.dump(boto3.{call}, sys.stdout, default=str)"
+        return json.loads(laptop.do(f"python -c '{ask}'"))
+
+    template = 'TemplateBody=open("cluster/aws-account.yaml").read(), Capabilities=["CAPABILITY_NAMED_IAM"]'
+    aws(f'client("cloudformation").create_stack(StackName="ray-mnist", {template})')
+    laptop.do("ray get-auth-token --generate")
+    laptop.do(f"ray up -y {FILE}")
+    assert len(cloud.machines) == 1
+
+    train = "python -m ray_mnist.train --dataset digits --num-workers 3 --max-epochs 20 --name run"
+    run = laptop.start(in_project(f"ray exec {FILE} '{train}'"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        epochs = 'client("s3").list_objects_v2(Bucket="ray-mnist-123456789012", Prefix="runs/run/checkpoint")'
+        wait_until(lambda: aws(epochs)["KeyCount"] > 0, 240, "a checkpoint in the bucket")
+        described = aws('client("ec2").describe_instances()')["Reservations"]
+        instances = [instance for page in described for instance in page["Instances"]]
+        workers = [instance for instance in instances if instance["InstanceType"] == "g6.xlarge"]
+        assert [worker.get("InstanceLifecycle") for worker in workers] == ["spot", "spot"]
+        assert {instance["MetadataOptions"]["HttpTokens"] for instance in instances} == {"required"}
+        lost = workers[0]["InstanceId"]
+        aws(f'client("ec2").terminate_instances(InstanceIds=["{lost}"])')
+        said, _ = run.communicate(timeout=400)
+    finally:
+        run.kill()
+    assert run.returncode == 0, said
+    assert "run folder s3://ray-mnist-123456789012/runs/run" in said
+    result = aws(
+        'client("s3").get_object(Bucket="ray-mnist-123456789012", Key="runs/run/result.json")["Body"].read().decode()'
+    )
+    assert json.loads(result)["restarts"] == 1
+    assert json.loads(result)["epochs"] == 20
+    assert len(cloud.machines) == 3
+    assert lost not in cloud.machines
+    laptop.do(f"ray down -y {FILE}")
+    wait_until(lambda: not cloud.machines, 30, "every instance to be terminated")

@@ -1,0 +1,131 @@
+"""The shipped cluster/local.yaml, taken through Ray's own launcher on four machines made of namespaces.
+
+Replaced in it are the addresses, the user, and how much of this machine each may take. All else is as people run it:
+SSH, rsync, set-up (of an environment that is already there), tokens, Ray's autoscaler.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import wait_until
+from machines import Laptop, Machine, Network, in_project, skip_unless_machines_can_be_made
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+FILE = "cluster/local.yaml"
+ADDRESSES = {"head": "198.18.0.10", "one": "198.18.0.11", "two": "198.18.0.12"}
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    skip_unless_machines_can_be_made()
+    folder = Path(tempfile.mkdtemp(prefix="machines-"))
+    network = Network(folder)
+    try:
+        yield network
+    finally:
+        network.close()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def machines(network: Network) -> dict[str, Machine]:
+    return {name: network.machine(name, address) for name, address in ADDRESSES.items()}
+
+
+@pytest.fixture(scope="module")
+def laptop(network: Network, machines: dict[str, Machine]) -> Laptop:
+    """After `ray up`, when the other machines have not joined yet."""
+    laptop = Laptop(network, "198.18.0.1")
+    caps = "ray start --num-cpus=1 --object-store-memory=100000000"
+    laptop.edit(FILE, {"192.0.2.1": "198.18.0.1", "ssh_user: ubuntu": "ssh_user: root", "ray start": caps})
+    laptop.do("ray get-auth-token --generate")
+    laptop.do(f"ray up -y {FILE}")
+    return laptop
+
+
+def result_of(network: Network, name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((network.shared / "runs" / name / "result.json").read_text())
+    return result
+
+
+def test_two_workers_on_two_machines_train(laptop: Laptop, network: Network, mnist_files: Path) -> None:
+    shutil.copytree(mnist_files, network.shared / "data")
+    train = "python -m ray_mnist.train --num-workers 2 --max-epochs 1 --name run --data.data_dir /mnt/shared/data"
+    said = laptop.do(f"ray exec {FILE} '{train}'")
+    assert "nodes that the autoscaler is starting" in said
+    assert "nodes, " in said  # one CPU each: two workers are on two of them
+    assert "run folder /mnt/shared/runs/run" in said
+    assert result_of(network, "run")["test_accuracy"] > 0.9
+    assert result_of(network, "run")["test_samples"] == 10_000
+    laptop.do(f"ray rsync-down {FILE} /mnt/shared/runs/run .")
+    assert (laptop.project / "run" / "result.json").is_file()
+
+
+def test_the_doctor_finds_the_cluster_well(laptop: Laptop) -> None:
+    assert "the cluster is well" in laptop.do(f"ray exec {FILE} 'python -m ray_mnist.doctor'")
+
+
+def test_a_sweep_runs_on_the_machines(laptop: Laptop, network: Network) -> None:
+    sweep = "--num-samples 2 --num-workers 2 --max-epochs 2 --data.dataset digits --name sweep"
+    said = laptop.do(f"ray exec {FILE} 'python -m ray_mnist.tune {sweep}'")
+    assert "best: model.lr" in said
+    assert result_of(network, "sweep")["trials"] == 2
+
+
+def test_a_script_of_ones_own_is_submitted_as_a_job(laptop: Laptop, network: Network) -> None:
+    job = laptop.project / "job"
+    job.mkdir()
+    (job / "nets.py").write_text("import ray_mnist\n\nclass Net(ray_mnist.SimpleModel):\n    pass\n")
+    (job / "script.py").write_text(
+        "from nets import Net\nfrom ray_mnist import MNISTDataModule, Trainer\n"
+        "trainer = Trainer(max_epochs=1, num_workers=2, name='job')\n"
+        "trainer.fit(Net(), MNISTDataModule(dataset='digits'))\n"
+    )
+    forward = laptop.start(in_project(f"exec ray dashboard {FILE}"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        laptop.do("for i in $(seq 60); do (: </dev/tcp/localhost/8265) 2>/dev/null && break; sleep 1; done")
+        submit = "RAY_AUTH_MODE=token ray job submit --address http://localhost:8265 --working-dir job"
+        assert "run folder /mnt/shared/runs/job" in laptop.do(f"{submit} -- python script.py")
+    finally:
+        for process in [*psutil.Process(forward.pid).children(recursive=True), forward]:
+            process.kill()
+        forward.communicate()
+    assert result_of(network, "job")["model"] == "Net"
+
+
+def test_a_run_goes_on_when_a_machine_is_powered_off_and_on_again(
+    laptop: Laptop, network: Network, machines: dict[str, Machine]
+) -> None:
+    train = "python -m ray_mnist.train --dataset digits --num-workers 3 --max-epochs 40 --name cut"
+    run = laptop.start(in_project(f"ray exec {FILE} '{train}'"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        metrics = network.shared / "runs" / "cut" / "metrics.csv"
+        wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, 120, "the third epoch")
+        machines["two"].off()
+        machines["two"].on()
+        said, _ = run.communicate(timeout=400)
+    finally:
+        run.kill()
+    assert run.returncode == 0, said
+    result = result_of(network, "cut")
+    assert (result["restarts"], result["epochs"]) == (1, 40)
+    assert re.search(r"epoch 40/40", said)
+
+
+def test_down_leaves_nothing_running(laptop: Laptop, machines: dict[str, Machine]) -> None:
+    def ray_on(machine: Machine) -> str:
+        return machine.run("ps -eo args | grep -E '[r]aylet|[g]cs_server|[r]ay::'").stdout
+
+    assert all(ray_on(machine) for machine in machines.values())
+    laptop.do(f"ray down -y {FILE}")
+    assert not ray_on(machines["head"])
+    for name in ("one", "two"):  # which end once they have missed their head for a while
+        wait_until(lambda machine=machines[name]: not ray_on(machine), 180, f"Ray to end on {name}")
