@@ -74,7 +74,9 @@ def refuse_places(arguments: dict[str, Any], config: RunConfig) -> None:
 
 
 def refuse_strategy(strategy: Any, config: RunConfig) -> None:
-    """Raises RequestError for one that does not run on workers that Ray starts."""
+    """Raises RequestError for one that does not run on workers that Ray starts, or not on a TPU."""
+    if config.tpu_cores and strategy != "auto":
+        raise RequestError("strategy: on a TPU it is Lightning's XLA strategy, leave it out.")
     if isinstance(strategy, str):
         if strategy not in STRATEGIES:
             raise RequestError(

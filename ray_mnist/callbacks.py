@@ -169,15 +169,13 @@ class Mistakes(Callback):
         confusion = multiclass_confusion_matrix(logits, labels, num_classes=logits.shape[1])
         self.confusion = confusion if self.confusion is None else self.confusion + confusion
         chance, predicted = logits.softmax(dim=1).max(dim=1)
-        wrong = (predicted != labels).nonzero().flatten()
+        # As many as are kept, right ones last: a number of its own for each batch would be compiled anew on a TPU.
+        sureness, worst = chance.masked_fill(predicted == labels, -1).topk(min(self.keep, len(labels)))
+        found = (images[worst].float(), labels[worst], predicted[worst], sureness)
         self.worst += [
-            {
-                "image": images[i].float().cpu().numpy(),
-                "label": int(labels[i]),
-                "predicted": int(predicted[i]),
-                "chance": float(chance[i]),
-            }
-            for i in wrong[chance[wrong].argsort(descending=True)[: self.keep]].tolist()
+            {"image": image.numpy(), "label": int(label), "predicted": int(guess), "chance": float(chance)}
+            for image, label, guess, chance in zip(*(each.cpu() for each in found), strict=True)
+            if chance >= 0
         ]
         self._sort()
 

@@ -23,7 +23,7 @@ class RunConfig:
 
     num_workers: int = _option(0, "training workers on Ray; 0 trains in this process, without Ray")
     use_gpu: bool = _option(False, "give each worker one GPU")
-    tpu_cores: int = _option(0, "train on this TPU host, on so many cores, without Ray Train")
+    tpu_cores: int = _option(0, "train on so many cores of this TPU host, or of a TPU slice in a Ray cluster")
     max_epochs: int = _option(10, "passes over the training set")
     seed: int = _option(0, "seeds the weights, the split and the order of the samples")
     precision: str = _option("32-true", "Lightning's precision, such as 32-true, 16-mixed, bf16-mixed")
@@ -54,9 +54,7 @@ class RunConfig:
         if self.use_gpu and self.tpu_cores:
             raise RequestError("--use-gpu and --tpu-cores were both given: a run trains on GPUs or on a TPU, drop one.")
         if self.num_workers and self.tpu_cores:
-            raise RequestError(
-                "--num-workers and --tpu-cores were both given: the TPU path trains without Ray workers, drop one."
-            )
+            raise RequestError("--num-workers and --tpu-cores were both given: each TPU core is a worker, drop one.")
         if self.resume and not self.name:
             raise RequestError("--resume needs --name, the run to go on with.")
         if self.name is not None and (not self.name or set("/\\") & set(self.name) or self.name.startswith(".")):

@@ -3,8 +3,9 @@
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pytorch_lightning as pl
@@ -124,8 +125,8 @@ def how_to_resume(name: str, config: RunConfig, from_shell: bool) -> str:
 def versions() -> dict[str, str]:
     """What the run was made with."""
     packages = {"ray_mnist": "ray-mnist", "pytorch_lightning": "pytorch-lightning", "ray": "ray"}
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{name: version(package) for name, package in packages.items()},
-    }
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found |= {name: version(package) for name, package in packages.items()}
+    with suppress(PackageNotFoundError):  # only where TPUs are trained on
+        found["torch_xla"] = version("torch-xla")
+    return found

@@ -97,6 +97,8 @@ class Sweep:
     ) -> None:
         arguments.setdefault("seed", global_seed())
         self.config = RunConfig(**{name: value for name, value in arguments.items() if name in OPTIONS})
+        if self.config.tpu_cores:
+            raise RequestError("--tpu-cores: trials train on CPUs or GPUs, drop it.")
         theirs = {name: value for name, value in arguments.items() if name not in set(OPTIONS) - {"max_epochs"}}
         self.lightning = for_lightning(theirs | {"logger": arguments.get("logger", False)}, self.config)
         self.build, self.domains, self.sweep = build, domains, sweep

@@ -44,6 +44,10 @@ class Trainer:
             del arguments["max_epochs"]  # Lightning's ways to say: not given, and no limit
         options = {name: arguments[name] for name in OPTIONS if name in arguments}
         self.config = RunConfig(**options)
+        if self.config.tpu_cores:  # first of all: Lightning, too, would go and look for a TPU
+            from ray_mnist.launch import tpu
+
+            tpu.check(self.config)
         own = set(OPTIONS) - {"max_epochs"}
         theirs = {name: value for name, value in arguments.items() if name not in own}
         self.lightning = for_lightning(theirs, self.config)
@@ -289,7 +293,7 @@ class Trainer:
                 job.folder.remove()
         self.lightning_module = model
         self._take_over(evaluation.after, model)
-        if job.checkpoint and self.config.num_workers:
+        if job.checkpoint and (self.config.num_workers or self.config.tpu_cores > 1):
             load_weights(model, job.checkpoint)  # as Lightning does
         return evaluation
 
@@ -314,7 +318,7 @@ class Trainer:
 
     def _check_data(self, data: dict[str, Any]) -> None:
         if isinstance(datamodule := data.get("datamodule"), MNISTDataModule):
-            datamodule.check(max(1, self.config.num_workers))
+            datamodule.check(max(1, self.config.num_workers, self.config.tpu_cores))
 
     def _write_config(self, folder: RunFolder, model: Any, data: dict[str, Any]) -> None:
         whole = self.full_config or summary.whole_config(self.config, model, data, folder.name)

@@ -10,7 +10,8 @@ from lightning_fabric.utilities import move_data_to_device
 from ray import cloudpickle
 
 from ray_mnist.errors import RequestError
-from ray_mnist.results import one_line
+from ray_mnist.results import Evaluation, Outcome, one_line
+from ray_mnist.worker import Job, Place, run
 
 
 class Nowhere:
@@ -60,6 +61,17 @@ class ModelReturnPickler(ReturnPickler):
     """Of a model also its parts, whose weights are brought home as weights."""
 
     kept_back = (*ReturnPickler.kept_back, torch.nn.Module, torch.nn.Parameter)
+
+
+def brought_home(job: Job, place: Place) -> Outcome | Evaluation:
+    """Does the job in this process, which is not the user's; the outcome has what became of model and helpers."""
+    before = fingerprints(public_state(job.model))
+    outcome = run(job, place)
+    outcome.after.helpers = [portable(vars(helper)) for helper in job.helpers]
+    state = public_state(job.model)
+    now = fingerprints(state)
+    outcome.after.model = {name: value for name, value in state.items() if now[name] != before.get(name)}
+    return outcome
 
 
 def portable(attributes: dict[str, Any], pickler: type[TrialPickler] = ReturnPickler) -> dict[str, Any]:

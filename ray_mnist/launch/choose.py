@@ -6,36 +6,42 @@ from typing import Any
 
 from torch.nn.parameter import is_lazy
 
-from ray_mnist import terminal
+from ray_mnist import preflight, terminal
 from ray_mnist.config import RunConfig
-from ray_mnist.errors import RequestError
 from ray_mnist.worker import Job
 
 Launch = Callable[[], Any]
+Ready = Iterator[tuple[str, Launch]]
 
 
 @contextmanager
-def ready(job: Job, config: RunConfig) -> Iterator[tuple[str, Launch]]:
+def ready(job: Job, config: RunConfig) -> Ready:
     """Checks that the run can start where it is to run; gives the words for the place, and the call that runs."""
-    if config.tpu_cores:
-        raise RequestError("--tpu-cores: this version cannot train on a TPU yet, leave it out.")
     # Best, newest and the one being written.
     needed_bytes = 3 * 3 * sum(weight.nbytes for weight in job.model.parameters() if not is_lazy(weight)) + 1_000_000
-    from ray_mnist import preflight
-
     preflight.check_storage(job.folder, needed_bytes)
-    if config.num_workers == 0:
-        from ray_mnist.launch import local
+    if config.tpu_cores:
+        yield from on_tpu(job, config)
+    elif config.num_workers:
+        yield from on_ray(job, config)
+    else:
+        yield from here(job, config)
 
-        local.check(config.use_gpu)
-        yield f"this process, on {'GPU' if config.use_gpu else 'CPU'}", lambda: local.launch(job, config.use_gpu)
-        return
-    from ray_mnist import travel
+
+def here(job: Job, config: RunConfig) -> Ready:
+    """In this process."""
+    from ray_mnist.launch import local
+
+    local.check(config.use_gpu)
+    place = local.ThisProcess(job, config.use_gpu)
+    yield f"this process, on {'GPU' if config.use_gpu else 'CPU'}", lambda: local.launch(job, place)
+
+
+def on_ray(job: Job, config: RunConfig) -> Ready:
+    """On workers that Ray Train starts."""
     from ray_mnist.launch import connect, ray
 
-    if "datamodule" in job.data:
-        job.data["datamodule"].trainer = None  # of a run before, in this process
-    travel.check(model=job.model, **job.data, callbacks_and_loggers=job.helpers, plugins=job.lightning["plugins"])
+    check_travel(job)
     with connect.connection(config, job):
         cluster = preflight.check_resources(
             config.num_workers, ray.bundle(config), preflight.WAIT_FOR_NODES_S, terminal.say
@@ -43,3 +49,34 @@ def ready(job: Job, config: RunConfig) -> Iterator[tuple[str, Launch]]:
         preflight.check_shared_storage(job.folder, cluster)
         workers = f"{config.num_workers} worker{'s' if config.num_workers > 1 else ''}"
         yield f"{workers} on {'GPU' if config.use_gpu else 'CPU'}, Ray {cluster}", lambda: ray.launch(job, config)
+
+
+def on_tpu(job: Job, config: RunConfig) -> Ready:
+    """On this TPU host, or on the hosts of a TPU slice in a Ray cluster; `Trainer` has checked what they need."""
+    from ray_mnist.launch import connect, tpu
+
+    cores = f"{config.tpu_cores} TPU core{'s' if config.tpu_cores > 1 else ''}, Lightning's XLA trainer"
+    if config.tpu_cores > 1:
+        check_travel(job)
+    if not tpu.on_cluster(config):
+        from ray_mnist.launch import xla
+
+        yield cores, lambda: xla.launch(job, config.tpu_cores)
+        return
+    from ray_mnist.launch import pod
+
+    wait_s = preflight.WAIT_FOR_NODES_S
+    with connect.connection(config, job), pod.reserved(config.tpu_cores, wait_s, terminal.say) as hosts:
+        cluster = preflight.Cluster.current()
+        preflight.check_shared_storage(job.folder, cluster)
+        on_hosts = f"on {hosts.num_hosts} host{'s' if hosts.num_hosts > 1 else ''}"
+        yield f"{cores} {on_hosts}, Ray {cluster}", lambda: pod.launch(job, hosts)
+
+
+def check_travel(job: Job) -> None:
+    """Raises RequestError unless the job can be sent to other processes."""
+    from ray_mnist import travel
+
+    if "datamodule" in job.data:
+        job.data["datamodule"].trainer = None  # of a run before, in this process
+    travel.check(model=job.model, **job.data, callbacks_and_loggers=job.helpers, plugins=job.lightning["plugins"])

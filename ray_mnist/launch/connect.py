@@ -90,7 +90,7 @@ def on_other_machines() -> bool:
 
 def folder_to_send(config: RunConfig) -> dict[str, Any]:
     """Ray's description of the working directory, without what every machine has or makes for itself."""
-    return {"working_dir": os.getcwd(), "excludes": [".git", ".venv", "__pycache__", f"/{config.storage_path}"]}
+    return {"working_dir": os.getcwd(), "excludes": [".git", ".venv*", "__pycache__", f"/{config.storage_path}"]}
 
 
 def this_folder() -> tuple[str, str, int, int]:

@@ -11,7 +11,7 @@ import torch
 
 from ray_mnist.errors import RequestError
 from ray_mnist.results import Evaluation, Outcome, Row
-from ray_mnist.worker import Job, run
+from ray_mnist.worker import Job, Place, run
 
 
 class ThisProcess:
@@ -34,12 +34,12 @@ class ThisProcess:
         return value
 
 
-def launch(job: Job, use_gpu: bool) -> Outcome | Evaluation:
+def launch(job: Job, place: Place) -> Outcome | Evaluation:
     """Does the job here."""
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         with seed_left_alone():
-            return run(job, ThisProcess(job, use_gpu))
+            return run(job, place)
     except SystemExit as end:
         # Lightning answers Ctrl-C by leaving the process, and is deaf to it from then on.
         if not isinstance(end.__context__, KeyboardInterrupt):

@@ -24,7 +24,7 @@ from ray_mnist.launch.connect import environment, go_to, this_folder
 from ray_mnist.launch.failures import Failures, describe_all
 from ray_mnist.preflight import WAIT_FOR_NODES_S
 from ray_mnist.results import Evaluation, Outcome, Row, RunFolder, one_line
-from ray_mnist.worker import Job, run
+from ray_mnist.worker import Job
 
 # Ray Train reads these when a run starts. A value that is set already is somebody's wish and stays.
 RAY_TRAIN_SETTINGS = {
@@ -134,19 +134,13 @@ def train_function(config: dict[str, Any]) -> Outcome | Evaluation:
     go_to(config["folder"])
     # One thread for the one CPU that is reserved: workers don't fight over cores, and round alike wherever they run.
     torch.set_num_threads(1)
-    before = travel.fingerprints(travel.public_state(job.model))
     try:
-        outcome = run(job, RayWorker(job, config["use_gpu"]))
+        return travel.brought_home(job, RayWorker(job, config["use_gpu"]))
     except Exception as error:
         if "find_unused_parameters" in str(error):
             error = unused_parameters(job.model)
         error.add_note(traceback.format_exc())  # which would stay behind on this machine
         raise error
-    outcome.after.helpers = [travel.portable(vars(helper)) for helper in job.helpers]
-    state = travel.public_state(job.model)
-    now = travel.fingerprints(state)
-    outcome.after.model = {name: value for name, value in state.items() if now[name] != before.get(name)}
-    return outcome
 
 
 def unused_parameters(model: pl.LightningModule) -> RequestError:
