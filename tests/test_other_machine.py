@@ -112,6 +112,7 @@ def address(project: Path) -> Iterator[str]:
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_it_gets_a_copy_of_the_folder_with_what_git_ignores(project: Path, address: str) -> None:
     done = subprocess.run(
         [sys.executable, "script.py"],

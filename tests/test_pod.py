@@ -17,6 +17,8 @@ from ray.cluster_utils import Cluster as LocalCluster
 from ray_mnist.errors import RequestError, TrainingError
 from ray_mnist.launch import pod
 
+pytestmark = pytest.mark.slow
+
 HOSTS = 4
 
 

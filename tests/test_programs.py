@@ -1030,13 +1030,13 @@ def cluster(ray_cluster: str) -> Iterator[None]:
     ray.shutdown()
 
 
-# Each takes ten seconds or more on Ray: those that share most with others wait for --slow.
-SLOW = ("accumulating_by_hand", "combined_loaders", "finetuning_that_unfreezes_and_freezes", "hydra_template")
-SLOW += ("mixed_precision_over_the_first_batches_only", "rates_and_checkpoints_by_the_step")
+# Each takes twenty seconds on Ray: all but a few that are unlike each other wait for --slow.
+QUICK = ("gan_by_manual_optimization", "metrics_as_objects_and_loaders_on_the_module")
+QUICK += ("one_cycle_with_accumulation_and_clipping", "weighted_sampler_over_augmented_samples")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PROGRAMS]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PROGRAMS]
 )
 def test_two_workers_give_what_one_process_gives(name: str, cluster: None, tmp_path: Path) -> None:
     here = run_ours(name, tmp_path / "here", num_workers=0)

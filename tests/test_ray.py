@@ -64,7 +64,10 @@ def result_of(run: Path) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 3])  # three cannot share a batch of 64 equally
+@pytest.mark.parametrize(
+    "num_workers",
+    [0, 1, pytest.param(3, marks=pytest.mark.slow)],  # three cannot share a batch of 64 equally
+)
 def test_the_loss_curve_does_not_depend_on_the_number_of_workers(
     num_workers: int, two_workers: Path, tmp_path: Path
 ) -> None:
@@ -94,7 +97,7 @@ class DieOnce(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_worker_costs_no_sample(
     rank: int, two_workers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,7 +158,7 @@ def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_whose_driver_ends_leaves_nothing_and_resumes(how: signal.Signals, tmp_path: Path, command: Any) -> None:
     driver = start(tmp_path, "--max-epochs", "1000")
     folder = RunFolder(str(tmp_path / "runs"), "run")

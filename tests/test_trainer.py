@@ -94,14 +94,11 @@ def test_predictions_come_in_the_order_of_the_data_each_once(num_workers: int, c
     assert not list(tmp_path.glob("runs/*"))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("limit", "batches"), [(3, 3), (0.5, 5), (1.0, 11)])
 def test_a_limit_on_predictions_is_for_all_workers_together(
-    limit: float, batches: int, num_workers: int, request: pytest.FixtureRequest, tmp_path: Path
+    limit: float, batches: int, num_workers: int, cluster: None, tmp_path: Path
 ) -> None:
-    if num_workers and limit == 0.5:
-        request.applymarker(pytest.mark.slow)
-    request.getfixturevalue("cluster")
     trainer = Trainer(num_workers=num_workers, storage_path=str(tmp_path), limit_predict_batches=limit)
     predictions = trainer.predict(Sums(), loader())
     assert predictions is not None
@@ -134,7 +131,7 @@ class Noting(SimpleModel):
         self.notes.append(self.trainer.current_epoch)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_fit_then_test_then_predict_then_fit_again(num_workers: int, cluster: None, tmp_path: Path) -> None:
     pl.seed_everything(5, verbose=False)
     remembers, model, datamodule = Remembers(), Noting(), MNISTDataModule("digits")
