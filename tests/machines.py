@@ -71,9 +71,9 @@ class Network:
         self.shared = folder / "shared"
         self.shared.mkdir()
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key"], check=True)
-        make = "ip link set lo up && ip link add lan type bridge && ip link set lan up && echo ready && sleep infinity"
+        make = "ip link set lo up && ip link add lan type bridge && ip link set lan up && echo ready"
         self.process = subprocess.Popen(
-            ["unshare", "--net", "--kill-child", "--fork", "sh", "-c", make],
+            ["unshare", "--net", "--kill-child", "--fork", "sh", "-c", f"{make} && exec sleep infinity"],
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"PATH": PATH},
