@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -74,7 +75,8 @@ def ray_cluster() -> Iterator[str]:
         finally:
             processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
             for process in processes:
-                process.kill()
+                with suppress(psutil.NoSuchProcess):  # it went with its parent
+                    process.kill()
             psutil.wait_procs(processes, timeout=30)
 
 

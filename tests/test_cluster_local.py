@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def test_a_script_of_ones_own_is_submitted_as_a_job(laptop: Laptop, network: Net
         assert "run folder /mnt/shared/runs/job" in laptop.do(f"{submit} -- python script.py")
     finally:
         for process in [*psutil.Process(forward.pid).children(recursive=True), forward]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # it went with its parent
+                process.kill()
         forward.communicate()
     assert result_of(network, "job")["model"] == "Net"
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -105,7 +106,8 @@ def address(project: Path) -> Iterator[str]:
         ray.shutdown()
         processes = [process for machine in machines for process in psutil.Process(machine.pid).children(True)]
         for process in [*processes, *machines]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # it went with its parent
+                process.kill()
         psutil.wait_procs(processes, timeout=30)
         for machine in machines:
             machine.wait(30)

@@ -1030,9 +1030,8 @@ def cluster(ray_cluster: str) -> Iterator[None]:
     ray.shutdown()
 
 
-# Each takes twenty seconds on Ray: all but a few that are unlike each other wait for --slow.
-QUICK = ("gan_by_manual_optimization", "metrics_as_objects_and_loaders_on_the_module")
-QUICK += ("one_cycle_with_accumulation_and_clipping", "weighted_sampler_over_augmented_samples")
+# Each takes twenty seconds on Ray: all but two that are unlike each other wait for --slow.
+QUICK = ("gan_by_manual_optimization", "weighted_sampler_over_augmented_samples")
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,8 @@ def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_whose_driver_ends_leaves_nothing_and_resumes(how: signal.Signals, tmp_path: Path, command: Any) -> None:
     driver = start(tmp_path, "--max-epochs", "1000")
     folder = RunFolder(str(tmp_path / "runs"), "run")
