@@ -22,6 +22,8 @@ from machines import Laptop, Machine, Network, in_project, skip_unless_machines_
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 FILE = "cluster/local.yaml"
 ADDRESSES = {"head": "198.18.0.10", "one": "198.18.0.11", "two": "198.18.0.12"}
+WORKERS = ("one", "two")
+WAITS = "for nodes that the autoscaler is starting"
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +44,10 @@ def machines(network: Network) -> dict[str, Machine]:
 
 
 @pytest.fixture(scope="module")
-def laptop(network: Network, machines: dict[str, Machine]) -> Laptop:
-    """After `ray up`, when the other machines have not joined yet."""
+def head_only(network: Network, machines: dict[str, Machine]) -> Laptop:
+    """After `ray up`, when the other machines cannot be logged in to yet."""
+    for name in WORKERS:
+        machines[name].run("kill -STOP $(cat /run/sshd.pid)")
     laptop = Laptop(network, "198.18.0.1")
     caps = "ray start --num-cpus=1 --object-store-memory=100000000"
     laptop.edit(FILE, {"192.0.2.1": "198.18.0.1", "ssh_user: ubuntu": "ssh_user: root", "ray start": caps})
@@ -52,22 +56,51 @@ def laptop(network: Network, machines: dict[str, Machine]) -> Laptop:
     return laptop
 
 
+@pytest.fixture(scope="module")
+def laptop(head_only: Laptop, machines: dict[str, Machine]) -> Laptop:
+    """Once the other machines have joined."""
+    let_in(machines)
+    for name in WORKERS:
+        wait_until(lambda machine=machines[name]: ray_on(machine), 120, f"{name} to join")
+    return head_only
+
+
+def let_in(machines: dict[str, Machine]) -> None:
+    for name in WORKERS:
+        machines[name].run("kill -CONT $(cat /run/sshd.pid)")
+
+
+def ray_on(machine: Machine) -> str:
+    """Ray's processes, a line each."""
+    return machine.run("ps -eo args | grep -E '[r]aylet|[g]cs_server|[r]ay::'").stdout
+
+
 def result_of(network: Network, name: str) -> dict[str, Any]:
     result: dict[str, Any] = json.loads((network.shared / "runs" / name / "result.json").read_text())
     return result
 
 
-def test_two_workers_on_two_machines_train(laptop: Laptop, network: Network, mnist_files: Path) -> None:
+def test_two_workers_on_two_machines_train(
+    head_only: Laptop, network: Network, machines: dict[str, Machine], mnist_files: Path
+) -> None:
     shutil.copytree(mnist_files, network.shared / "data")
     train = "python -m ray_mnist.train --num-workers 2 --max-epochs 1 --name run --data.data_dir /mnt/shared/data"
-    said = laptop.do(f"ray exec {FILE} '{train}'")
-    assert "nodes that the autoscaler is starting" in said
-    assert "nodes, " in said  # one CPU each: two workers are on two of them
-    assert "run folder /mnt/shared/runs/run" in said
+    with (network.folder / "said").open("w+") as file:
+        run = head_only.start(in_project(f"ray exec {FILE} '{train}'"), stdout=file, stderr=subprocess.STDOUT)
+        said = Path(file.name).read_text
+        try:
+            wait_until(lambda: WAITS in said() or run.poll() is not None, 120, "the run to wait for nodes")
+            let_in(machines)
+            assert run.wait(timeout=300) == 0, said()
+        finally:
+            run.kill()
+    assert WAITS in said()
+    assert "nodes, " in said()  # one CPU each: two workers are on two of them
+    assert "run folder /mnt/shared/runs/run" in said()
     assert result_of(network, "run")["test_accuracy"] > 0.9
     assert result_of(network, "run")["test_samples"] == 10_000
-    laptop.do(f"ray rsync-down {FILE} /mnt/shared/runs/run .")
-    assert (laptop.project / "run" / "result.json").is_file()
+    head_only.do(f"ray rsync-down {FILE} /mnt/shared/runs/run .")
+    assert (head_only.project / "run" / "result.json").is_file()
 
 
 def test_the_doctor_finds_the_cluster_well(laptop: Laptop) -> None:
@@ -123,11 +156,8 @@ def test_a_run_goes_on_when_a_machine_is_powered_off_and_on_again(
 
 
 def test_down_leaves_nothing_running(laptop: Laptop, machines: dict[str, Machine]) -> None:
-    def ray_on(machine: Machine) -> str:
-        return machine.run("ps -eo args | grep -E '[r]aylet|[g]cs_server|[r]ay::'").stdout
-
     assert all(ray_on(machine) for machine in machines.values())
     laptop.do(f"ray down -y {FILE}")
     assert not ray_on(machines["head"])
-    for name in ("one", "two"):  # which end once they have missed their head for a while
+    for name in WORKERS:  # which end once they have missed their head for a while
         wait_until(lambda machine=machines[name]: not ray_on(machine), 180, f"Ray to end on {name}")
