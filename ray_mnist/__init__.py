@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["ConvModel", "MNISTDataModule", "RequestError", "SimpleModel", "Trainer", "TrainingError", "tune"]
 
 # Imported where they are used: Ray Train's controller needs neither torch nor Lightning, which take seconds.
-_PLACES = {
+_MODULES = {
     "ConvModel": "models",
     "MNISTDataModule": "data",
     "RequestError": "errors",
@@ -25,6 +25,6 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"ray_mnist.{_PLACES[name]}"), name)
+    return getattr(import_module(f"ray_mnist.{_MODULES[name]}"), name)

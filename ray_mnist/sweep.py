@@ -208,7 +208,7 @@ class Sweep:
     def _row(self, folder: RunFolder, result: Any) -> TrialRow:
         metrics = result.metrics or {}
         name = metrics.get("trial_id", "")
-        history = read_metrics(self._trial_folder(folder, name)) if name else []
+        history = read_metrics(trial_folder(folder, name)) if name else []
         status = "done" if history and history[-1]["epoch"] >= self.config.max_epochs else STOPPED_EARLY
         if result.error:
             status = f"failed: {reason(result.error)}"
@@ -219,7 +219,7 @@ class Sweep:
 
         folder.write("trials.csv", trials_csv(rows, self.sweep.metric, self.sweep.mode))
         winner, best = winner_of(rows, self.sweep.metric, self.sweep.mode)
-        with self._trial_folder(folder, winner.name).local_checkpoint(checkpoint_name(int(best["step"]))) as path:
+        with trial_folder(folder, winner.name).local_checkpoint(checkpoint_name(int(best["step"]))) as path:
             assert path is not None, "a run folder keeps its best checkpoint"
             folder.add_checkpoint(os.path.dirname(path), "best")
         tested = self._test(folder, winner.parameters)
@@ -246,11 +246,8 @@ class Sweep:
         folder.write("result.json", to_json(values))
         sweep_plots.draw(folder, rows, self.sweep.metric, self.sweep.mode)
         for row in rows:  # the winner's weights are in the sweep folder
-            self._trial_folder(folder, row.name).keep_only()
+            trial_folder(folder, row.name).keep_only()
         return SweepResult(str(folder), values, rows)
-
-    def _trial_folder(self, folder: RunFolder, trial: str) -> RunFolder:
-        return RunFolder(f"{folder.storage_path}/{folder.name}/trials", trial)
 
     def _plan(self, folder: RunFolder) -> Plan:
         return Plan(
@@ -259,7 +256,7 @@ class Sweep:
             lightning=self.lightning,
             metric=self.sweep.metric,
             mode=self.sweep.mode,
-            storage_path=f"{folder.storage_path}/{folder.name}/trials",
+            storage_path=trials_in(folder),
             folder=this_folder(),
         )
 
@@ -269,6 +266,16 @@ class Sweep:
         task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_retries=1)(test_winner)
         tested: list[dict[str, float]] = ray.get(task.remote(self._plan(folder), parameters, folder.location("best")))
         return {name: value for metrics in tested for name, value in metrics.items()}
+
+
+def trials_in(sweep: RunFolder) -> str:
+    """The storage path of the trials' run folders."""
+    return f"{sweep.storage_path}/{sweep.name}/trials"
+
+
+def trial_folder(sweep: RunFolder, trial: str) -> RunFolder:
+    """The run folder of one trial."""
+    return RunFolder(trials_in(sweep), trial)
 
 
 def optuna(seed: int) -> Any:

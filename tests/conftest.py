@@ -80,6 +80,17 @@ def ray_cluster() -> Iterator[str]:
             psutil.wait_procs(processes, timeout=30)
 
 
+@pytest.fixture(scope="module")
+def cluster(ray_cluster: str) -> Iterator[None]:
+    """This process, connected to the tests' cluster: whatever trains uses the connection and leaves it."""
+    import ray  # once the environment above is set
+
+    ray.init(address=ray_cluster, log_to_driver=False, logging_level="ERROR")
+    yield
+    assert ray.is_initialized(), "a connection was closed by one whose own it was not"
+    ray.shutdown()
+
+
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder with room for 64 KiB."""

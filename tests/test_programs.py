@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import pytorch_lightning as pl
-import ray
 import torch
 import torch.nn.functional as F
 import torchmetrics
@@ -1020,14 +1019,6 @@ def run(name: str, folder: Path, make: Callable[..., Any]) -> Seen:
 
 def run_ours(name: str, folder: Path, num_workers: int) -> Seen:
     return run(name, folder, partial(Trainer, storage_path=str(folder), name="run", num_workers=num_workers))
-
-
-@pytest.fixture(scope="module")
-def cluster(ray_cluster: str) -> Iterator[None]:
-    """This process, connected to the tests' cluster."""
-    ray.init(address=ray_cluster, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 # Each takes twenty seconds on Ray: all but two that are unlike each other wait for --slow.

@@ -5,14 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import pytorch_lightning as pl
-import ray
 import torch
 from conftest import wait_until
 
@@ -22,15 +20,6 @@ from ray_mnist.results import CHECKPOINT, RunFolder, read_failures, read_metrics
 
 EPOCHS = 3
 STEPS_PER_EPOCH = 17  # digits: 1,151 training samples in global batches of 64
-
-
-@pytest.fixture(scope="module")
-def cluster(ray_cluster: str) -> Iterator[None]:
-    """This process, connected to the tests' cluster: each `Trainer` uses the connection and leaves it."""
-    ray.init(address=ray_cluster, log_to_driver=False, logging_level="ERROR")
-    yield
-    assert ray.is_initialized(), "a Trainer closed a connection that was not its own"
-    ray.shutdown()
 
 
 def fit(folder: Path, name: str, num_workers: int, **arguments: Any) -> Trainer:

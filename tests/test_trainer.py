@@ -3,13 +3,11 @@
 import inspect
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
-import ray
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.plugins.environments import LightningEnvironment
@@ -21,15 +19,6 @@ from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
 
 SIZE = 1003
 VALUES = torch.randn(SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def cluster(ray_cluster: str) -> Iterator[None]:
-    """This process, connected to the tests' cluster: each `Trainer` uses the connection and leaves it."""
-    ray.init(address=ray_cluster, log_to_driver=False, logging_level="ERROR")
-    yield
-    assert ray.is_initialized(), "a Trainer closed a connection that was not its own"
-    ray.shutdown()
 
 
 class Sums(pl.LightningModule):

@@ -32,15 +32,6 @@ from ray_mnist.results import RunFolder, read_metrics
 DIGITS = {"data": {"dataset": "digits"}}
 
 
-@pytest.fixture(scope="module")
-def cluster(ray_cluster: str) -> Iterator[None]:
-    """This process, connected to the tests' cluster, which has no dashboard."""
-    ray.init(address=ray_cluster, log_to_driver=False, logging_level="ERROR")
-    yield
-    assert ray.is_initialized(), "a sweep closed a connection that was not its own"
-    ray.shutdown()
-
-
 def placement_groups() -> list[dict[str, Any]]:
     return [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
 

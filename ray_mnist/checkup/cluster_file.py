@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from ray_mnist.checkup import Check, kuberay, ray_up
-from ray_mnist.checkup.versions import strings
+from ray_mnist.checkup.contents import strings
 from ray_mnist.errors import RequestError
 from ray_mnist.results import one_line
 

@@ -1,6 +1,6 @@
 """Reads a cluster file that may have anything anywhere: one check must not trip over what another one finds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -21,6 +21,18 @@ def number(config: dict[str, Any], name: str, default: int) -> int:
     """The whole number of that name, or the default where it is missing or something else."""
     value = config.get(name)
     return value if isinstance(value, int) else default
+
+
+def strings(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in `value`, after its place, such as `provider.worker_ips[0]`."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from strings(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from strings(inner, f"{place}[{index}]")
+    elif isinstance(value, str):
+        yield place, value
 
 
 def nearest(key: str, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_mnist.checkup import Check, aws, versions
-from ray_mnist.checkup.contents import nearest, number, section
+from ray_mnist.checkup.contents import nearest, number, section, strings
 from ray_mnist.checkup.ray_autoscaler import FIRST_AUTOSCALER, prepare, schema_errors
 
 # What Ray's source reads of `provider`, for each.
@@ -115,7 +115,7 @@ def address_findings(provider: dict[str, Any], whole: dict[str, Any]) -> Iterato
         yield f"provider.worker_ips has {head}, which is the head_ip: leave it out, the head trains too."
     if number(whole, "max_workers", len(workers)) < len(workers):
         yield f"max_workers is {whole['max_workers']}, fewer than the {len(workers)} worker_ips: leave max_workers out."
-    if not any(FIRST_AUTOSCALER in text for _, text in versions.strings(whole.get("head_start_ray_commands"))):
+    if not any(FIRST_AUTOSCALER in text for _, text in strings(whole.get("head_start_ray_commands"))):
         yield (
             "head_start_ray_commands start Ray's second autoscaler, which brings up one machine of one's own too few, "
             f"and none again that was lost: write `export {FIRST_AUTOSCALER};` before `ray start`."

@@ -9,6 +9,7 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
+from ray_mnist.checkup.contents import strings
 from ray_mnist.errors import RequestError
 
 LOCK = Path(__file__).parents[2] / "requirements.lock"
@@ -35,18 +36,6 @@ def locked() -> dict[str, set[str]]:
     for name, version in re.findall(r"^([\w.-]+)==([\w.+!]+)", LOCK.read_text(), re.MULTILINE):
         found.setdefault(name, set()).add(version)
     return found
-
-
-def strings(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in `value`, after its place, such as `provider.worker_ips[0]`."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from strings(inner, f"{place}.{key}" if place else str(key))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from strings(inner, f"{place}[{index}]")
-    elif isinstance(value, str):
-        yield place, value
 
 
 def findings(*documents: Any) -> Iterator[str]:
