@@ -16,11 +16,21 @@ import pytest
 
 # Ray reads these at import, and whatever the tests start inherits them.
 os.environ |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-os.environ.pop("RAY_ADDRESS", None)
+for name in ("RAY_ADDRESS", "RAY_TMPDIR"):
+    os.environ.pop(name, None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives the tests a temporary folder of their own: who is killed leaves things there, and so does Ray always."""
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # `tmp_path` outlives the tests
+    # A short name: below it are sockets, and the path of one has at most 107 characters.
+    folder = tempfile.TemporaryDirectory(prefix="t-", ignore_cleanup_errors=True)
+    os.environ["TMPDIR"] = tempfile.tempdir = folder.name
+    config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
