@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch_xla.debug import metrics
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.launch import tpu
-from ray_mnist.results import CHECKPOINT, RunFolder, read_metrics
+from ray_mnist.results import CHECKPOINT, RunFolder, checkpoint_name, read_metrics
 
 pytestmark = [pytest.mark.tpu, pytest.mark.timeout(300)]
 STEPS_PER_EPOCH = 17  # digits: 1,151 // 64
@@ -98,8 +97,8 @@ def test_mnist_killed_and_resumed_as_on_the_cpu(train: Callable[..., Run], mnist
     arguments = ("--data.data_dir", str(mnist_files), "--max-epochs", "5", "--seed", "1")
     process = start(tmp_path, 1, *arguments, "--tpu-cores", "1", "--name", "tpu", "--checkpoint-every-n-steps", "100")
     folder = RunFolder(str(tmp_path / "runs"), "tpu")
-    wait_until(lambda: len(read_metrics(folder)) >= 2, 250, "two epochs")
-    time.sleep(2)  # into the third
+    third_epoch = checkpoint_name(2 * 750)  # 48,000 // 64 steps each
+    wait_until(lambda: folder.checkpoints()[:1] > [third_epoch], 250, "a checkpoint inside the third epoch")
     process.kill()
     assert process.wait(10) == -signal.SIGKILL
     resumed = train(1, "--resume", "--name", "tpu")
