@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import atexit
 import os
 import shutil
 import socket
@@ -24,13 +25,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """Gives the tests a temporary folder of their own: who is killed leaves things there, and so does Ray always."""
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # `tmp_path` outlives the tests
-    # A short name: below it are sockets, and the path of one has at most 107 characters.
-    folder = tempfile.TemporaryDirectory(prefix="t-", ignore_cleanup_errors=True)
-    os.environ["TMPDIR"] = tempfile.tempdir = folder.name
-    config.add_cleanup(folder.cleanup)
+    folder = tempfile.mkdtemp(prefix="t-")  # short: below it are sockets, whose paths have at most 107 characters
+    os.chmod(folder, 0o755)  # some tests read there as another user
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    # After multiprocessing, which is imported later, has removed what it has there.
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
