@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from ray_mnist.data import MNISTDataModule
     from ray_mnist.errors import RequestError, TrainingError
     from ray_mnist.models import ConvModel, SimpleModel
-    from ray_mnist.sweep import tune
+    from ray_mnist.search.sweep import tune
     from ray_mnist.trainer import Trainer
 
 __all__ = ["ConvModel", "MNISTDataModule", "RequestError", "SimpleModel", "Trainer", "TrainingError", "tune"]
@@ -20,7 +20,7 @@ _MODULES = {
     "SimpleModel": "models",
     "Trainer": "trainer",
     "TrainingError": "errors",
-    "tune": "sweep",
+    "tune": "search.sweep",
 }
 
 

@@ -18,8 +18,9 @@ from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from ray_mnist.loaders import handed_out
-from ray_mnist.results import CHECKPOINT, Row, checkpoint_name
+from ray_mnist.distributed.loaders import samples_seen
+from ray_mnist.run.folder import CHECKPOINT, checkpoint_name
+from ray_mnist.run.outcome import Row
 
 # Takes the metrics, the checkpoint's name and, on rank 0, the local folder that holds it; all ranks call it together.
 Report = Callable[[Row, str, Path | None], None]
@@ -70,7 +71,7 @@ class Recorder(Checkpoint):
     def _start_clock(self, trainer: Trainer) -> None:
         self._epoch_started = time.monotonic()
         self._validation_seconds = 0.0
-        self._trained_before = handed_out(trainer.train_dataloader)
+        self._trained_before = samples_seen(trainer.train_dataloader)
         self._validated = False
 
     def on_train_batch_end(
@@ -90,14 +91,14 @@ class Recorder(Checkpoint):
         """Validation is not training time."""
         if trainer.sanity_checking:
             return
-        self.val_samples = total(trainer, handed_out(trainer.val_dataloaders))
+        self.val_samples = total(trainer, samples_seen(trainer.val_dataloaders))
         self._validated = True
         self._validation_seconds += time.monotonic() - self._evaluation_started
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds the epoch's row, checkpoints and reports."""
         seconds = time.monotonic() - self._epoch_started
-        self.train_samples = total(trainer, handed_out(trainer.train_dataloader) - self._trained_before)
+        self.train_samples = total(trainer, samples_seen(trainer.train_dataloader) - self._trained_before)
         row: Row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
         row |= {
             name: value.item()
@@ -181,7 +182,7 @@ class Mistakes(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Brings the ranks' findings together on every rank."""
-        self.samples = total(trainer, handed_out(trainer.test_dataloaders))
+        self.samples = total(trainer, samples_seen(trainer.test_dataloaders))
         if self.confusion is None or trainer.world_size == 1:
             return
         self.confusion = trainer.strategy.reduce(self.confusion, reduce_op="sum")

@@ -2,14 +2,15 @@
 
 import sys
 
-from ray_mnist import commandline, terminal
-from ray_mnist.checkup import cluster_file, cluster_health
+from ray_mnist.checks import cluster_file, cluster_health
+from ray_mnist.cli import console
+from ray_mnist.cli.parser import Parser
 from ray_mnist.config import RunConfig
 
 
-def make_parser() -> commandline.Parser:
+def make_parser() -> Parser:
     """A file, or what names a running cluster."""
-    parser = commandline.Parser(
+    parser = Parser(
         prog="python -m ray_mnist.doctor",
         description="Check a cluster file before `ray up`, or, without a file, a running cluster.",
     )
@@ -29,15 +30,15 @@ def examine() -> None:
     else:
         what, checks = "the cluster", cluster_health.checks(config.address, config.storage_path)
     count = 0
-    with terminal.quiet():
+    with console.quiet():
         for about, findings in checks:
             for line in [f"finding: {finding}" for finding in findings] or [f"ok: {about}"]:
-                terminal.say(line)
+                console.say(line)
             count += len(findings)
-    terminal.say(f"{count} {'finding' if count == 1 else 'findings'} in {what}" if count else f"{what} is well")
+    console.say(f"{count} {'finding' if count == 1 else 'findings'} in {what}" if count else f"{what} is well")
     if count:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.exit_status(examine))
+    sys.exit(console.exit_status(examine))

@@ -19,3 +19,8 @@ class TrainingError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -4,23 +4,24 @@ import sys
 
 import pytorch_lightning as pl
 
-from ray_mnist import commandline, terminal
+from ray_mnist.cli import console
+from ray_mnist.cli.parser import instantiate, make_parser, parse, plain
 from ray_mnist.config import OPTIONS
 from ray_mnist.trainer import Trainer
 
 
 def train() -> None:
     """Parses the command line, trains, tests, and names the test accuracy and the run folder."""
-    parser = commandline.make_parser("train", "Train and test a model, here, on a Ray cluster or on a TPU.")
-    config = commandline.parse(parser)
+    parser = make_parser("train", "Train and test a model, here, on a Ray cluster or on a TPU.")
+    config = parse(parser)
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    model, datamodule = commandline.instantiate(parser, config)
-    trainer = Trainer(config=commandline.plain(parser, config), **{name: config[name] for name in OPTIONS})
+    model, datamodule = instantiate(parser, config)
+    trainer = Trainer(config=plain(parser, config), **{name: config[name] for name in OPTIONS})
     trainer.fit(model, datamodule)
     values = trainer.result.values
     accuracy = "none" if values["test_accuracy"] is None else f"{values['test_accuracy']:.4f}"
-    terminal.say(f"test accuracy {accuracy} on {values['test_samples']:,} samples; run folder {trainer.result.path}")
+    console.say(f"test accuracy {accuracy} on {values['test_samples']:,} samples; run folder {trainer.result.path}")
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.exit_status(train))
+    sys.exit(console.exit_status(train))

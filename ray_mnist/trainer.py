@@ -12,14 +12,16 @@ import yaml
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
-from ray_mnist import summary, terminal
-from ray_mnist.arguments import check_kind, data_of, ends_otherwise, for_lightning
+from ray_mnist.cli import console
+from ray_mnist.cli.lightning_arguments import check_kind, data_of, ends_otherwise, for_lightning
 from ray_mnist.config import OPTIONS, RunConfig, global_seed
 from ray_mnist.data import MNISTDataModule
 from ray_mnist.errors import RequestError
-from ray_mnist.launch.choose import ready
-from ray_mnist.results import Afterwards, Evaluation, Outcome, RunFolder, local_file
-from ray_mnist.summary import Result
+from ray_mnist.launch.select import prepare
+from ray_mnist.run import report
+from ray_mnist.run.folder import RunFolder, local_file
+from ray_mnist.run.outcome import Evaluation, Outcome, TrainerState
+from ray_mnist.run.report import Result
 from ray_mnist.worker import Job
 
 
@@ -99,13 +101,13 @@ class Trainer:
         folder = job.folder
         self._check_name(folder, model)
         saved_config = folder.read("config.yaml") if self.config.resume else None
-        with terminal.quiet(), ready(job, self.config) as (where, launch):
+        with console.quiet(), prepare(job, self.config) as (where, launch):
             self._check_data(data)
             self._write_config(folder, model, data)
-            terminal.say(f"{summary.dataset_name(data, model)} · {summary.describe_model(model)} · {where}")
-            terminal.say(f"run folder {folder}")
+            console.say(f"{report.dataset_name(data, model)} · {report.describe_model(model)} · {where}")
+            console.say(f"run folder {folder}")
             try:
-                with terminal.follow(folder, self.lightning["max_epochs"]):
+                with console.follow(folder, self.lightning["max_epochs"]):
                     outcome: Outcome = launch()
             except RequestError:
                 if saved_config:
@@ -114,13 +116,13 @@ class Trainer:
                     folder.remove()
                 raise
             except KeyboardInterrupt:
-                advice = summary.how_to_resume(folder.name, self.config, bool(self.full_config))
+                advice = report.how_to_resume(folder.name, self.config, bool(self.full_config))
                 raise KeyboardInterrupt(advice) from None
-            result = summary.write_result(folder, self.config, model, data, outcome, started)
+            result = report.write_result(folder, self.config, model, data, outcome, started)
         self._fits += 1
         self.lightning_module, self._data, self._folder, self._result = model, data, folder, result
-        self.current_epoch, self.global_step = outcome.after.current_epoch, outcome.after.global_step
-        self._take_over(outcome.after, model)
+        self.current_epoch, self.global_step = outcome.trainer_state.current_epoch, outcome.trainer_state.global_step
+        self._take_over(outcome.trainer_state, model)
         if newest := next(iter(folder.checkpoints()), None):
             load_weights(model, folder.location(newest))
 
@@ -227,7 +229,7 @@ class Trainer:
 
     def _name(self, model: Any, data: dict[str, Any]) -> str:
         """The run's name; a second fit is a run of its own, unless it goes on with the first."""
-        name = self.config.name or summary.default_name(model, data)
+        name = self.config.name or report.default_name(model, data)
         taken = self._fits and not self.config.resume and RunFolder(self.config.storage_path, name).exists()
         return f"{name}-{self._fits + 1}" if taken else name
 
@@ -272,7 +274,7 @@ class Trainer:
     ) -> list[dict[str, float]]:
         metrics = self._run(task, model, data, ckpt_path, weights_only).metrics
         for loader in metrics if verbose else ():
-            terminal.say(f"{task}  " + "  ".join(f"{name} {value:.4f}" for name, value in loader.items()))
+            console.say(f"{task}  " + "  ".join(f"{name} {value:.4f}" for name, value in loader.items()))
         return metrics
 
     def _run(self, task: str, model: Any, data: dict[str, Any], ckpt_path: Any, weights_only: Any) -> Evaluation:
@@ -285,28 +287,28 @@ class Trainer:
         check_kind(model, data)
         job = self._job(task, model, data, f".{task}-{uuid.uuid4().hex}", ckpt_path, weights_only)
         try:
-            with terminal.quiet(), ready(job, self.config) as (_, launch):
+            with console.quiet(), prepare(job, self.config) as (_, launch):
                 self._check_data(data)
                 evaluation: Evaluation = launch()
         finally:
             if job.folder.exists():
                 job.folder.remove()
         self.lightning_module = model
-        self._take_over(evaluation.after, model)
+        self._take_over(evaluation.trainer_state, model)
         if job.checkpoint and (self.config.num_workers or self.config.tpu_cores > 1):
             load_weights(model, job.checkpoint)  # as Lightning does
         return evaluation
 
-    def _take_over(self, after: Afterwards, model: pl.LightningModule) -> None:
+    def _take_over(self, state: TrainerState, model: pl.LightningModule) -> None:
         """Shows what the Trainers inside the workers showed; model and callbacks become what they became there."""
-        self.callback_metrics, self.logged_metrics = after.callback_metrics, after.logged_metrics
-        self.progress_bar_metrics = after.progress_bar_metrics
-        for helper, attributes in zip([*self.callbacks, *self.loggers], after.helpers, strict=False):
-            vars(helper).update(attributes)
-        vars(model).update(after.model)
+        self.callback_metrics, self.logged_metrics = state.callback_metrics, state.logged_metrics
+        self.progress_bar_metrics = state.progress_bar_metrics
+        for item, attributes in zip([*self.callbacks, *self.loggers], state.callbacks_and_loggers, strict=False):
+            vars(item).update(attributes)
+        vars(model).update(state.model)
 
     def _check_name(self, folder: RunFolder, model: pl.LightningModule) -> None:
-        model_class = summary.class_path(model)
+        model_class = report.class_path(model)
         if self.config.resume and not folder.has("config.yaml"):
             raise RequestError(f"--resume: there is no run in {folder} to go on with.")
         if self.config.resume:
@@ -321,7 +323,7 @@ class Trainer:
             datamodule.check(max(1, self.config.num_workers, self.config.tpu_cores))
 
     def _write_config(self, folder: RunFolder, model: Any, data: dict[str, Any]) -> None:
-        whole = self.full_config or summary.whole_config(self.config, model, data, folder.name)
+        whole = self.full_config or report.whole_config(self.config, model, data, folder.name)
         whole = {**whole, "name": folder.name, "resume": False}
         folder.write("config.yaml", yaml.safe_dump(whole, sort_keys=False))
 

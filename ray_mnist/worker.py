@@ -12,10 +12,13 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ray_mnist.callbacks import Mistakes, Randomness, Recorder
-from ray_mnist.loaders import Balance, own_loaders, share_out
-from ray_mnist.results import Afterwards, Evaluation, Outcome, Row, RunFolder, local_file, metrics_csv
-from ray_mnist.sharing import in_turns
-from ray_mnist.totals import Totals
+from ray_mnist.distributed.loaders import LossWeighting, resumable_loaders, shard_loaders
+from ray_mnist.distributed.metrics import MetricSync
+from ray_mnist.distributed.serialization import fingerprints, public_state, sendable
+from ray_mnist.distributed.sharding import interleave
+from ray_mnist.run.folder import RunFolder, local_file
+from ray_mnist.run.outcome import Evaluation, Outcome, Row, TrainerState
+from ray_mnist.run.records import metrics_csv
 
 
 @dataclass
@@ -46,40 +49,51 @@ class Job:
         return RunFolder(self.storage_path, self.name)
 
     @property
-    def helpers(self) -> list[Any]:
+    def callbacks_and_loggers(self) -> list[Any]:
         """The user's callbacks and loggers."""
         logger = self.lightning["logger"]
         return [*self.lightning["callbacks"], *([] if isinstance(logger, bool) else logger)]
 
 
-class Place(Protocol):
+class WorkerContext(Protocol):
     """What a worker has to know of where it was launched."""
 
-    def lightning(self) -> dict[str, Any]:
-        """The arguments of Lightning's Trainer that belong to the place: accelerator, devices, strategy, plugins."""
+    def trainer_arguments(self) -> dict[str, Any]:
+        """What Lightning's Trainer has to know of where it was launched: accelerator, devices, strategy, plugins."""
 
     def report(self, metrics: Row, name: str, checkpoint: Path | None) -> None:
         """Takes in a checkpoint (on rank 0; None elsewhere). All ranks call it, together."""
 
-    def agree(self, value: str | None) -> str | None:
+    def broadcast(self, value: str | None) -> str | None:
         """Rank 0's value, on every rank."""
 
 
-def run(job: Job, place: Place) -> Outcome | Evaluation:
+def run(job: Job, context: WorkerContext) -> Outcome | Evaluation:
     """Does the job's task."""
     pl.seed_everything(job.seed, workers=True, verbose=False)
     task: Any = {"fit": fit, "validate": evaluate, "test": evaluate, "predict": predict}[job.task]
-    outcome: Outcome | Evaluation = task(job, place)
+    outcome: Outcome | Evaluation = task(job, context)
     return outcome
 
 
-def fit(job: Job, place: Place) -> Outcome:
+def run_and_collect(job: Job, context: WorkerContext) -> Outcome | Evaluation:
+    """Does the job in this process, which is not the user's; the outcome has what became of model and helpers."""
+    before = fingerprints(public_state(job.model))
+    outcome = run(job, context)
+    outcome.trainer_state.callbacks_and_loggers = [sendable(vars(item)) for item in job.callbacks_and_loggers]
+    state = public_state(job.model)
+    now = fingerprints(state)
+    outcome.trainer_state.model = {name: value for name, value in state.items() if now[name] != before.get(name)}
+    return outcome
+
+
+def fit(job: Job, context: WorkerContext) -> Outcome:
     """Trains, resuming from the run folder's newest checkpoint if it has one, then tests the best checkpoint."""
     started = time.time()
     folder = job.folder
 
     def report(metrics: Row, name: str, checkpoint: Path | None) -> None:
-        place.report(metrics, name, checkpoint)
+        context.report(metrics, name, checkpoint)
         if checkpoint is not None:
             folder.write("metrics.csv", metrics_csv(recorder.history))
             folder.keep_only(name, recorder.best)
@@ -87,14 +101,14 @@ def fit(job: Job, place: Place) -> Outcome:
     monitor, mode = job.monitor or monitor_of(job.lightning["callbacks"])
     recorder = Recorder(report, job.checkpoint_every_n_steps, monitor, mode)
     mistakes = Mistakes()
-    trainer = make_trainer(job, place, recorder, mistakes)
-    newest = place.agree(next(iter(folder.checkpoints()), None))
+    trainer = make_trainer(job, context, recorder, mistakes)
+    newest = context.broadcast(next(iter(folder.checkpoints()), None))
     clock = time.monotonic()
     with folder.local_checkpoint(newest) if newest else local_file(job.checkpoint) as path:
         # weights_only would refuse hyperparameters that are objects; the run's own file may be trusted with them.
         trainer.fit(job.model, **job.data, ckpt_path=path, weights_only=False if newest else job.weights_only)
     outcome = Outcome(
-        after=afterwards(trainer),
+        trainer_state=trainer_state(trainer),
         device=device_name(trainer),
         history=recorder.history,
         steps=trainer.global_step,
@@ -116,26 +130,26 @@ def fit(job: Job, place: Place) -> Outcome:
     return outcome
 
 
-def evaluate(job: Job, place: Place) -> Evaluation:
+def evaluate(job: Job, context: WorkerContext) -> Evaluation:
     """Validates or tests; the metrics are totals over all workers."""
-    trainer = make_trainer(job, place)
+    trainer = make_trainer(job, context)
     with local_file(job.checkpoint) as path:
         metrics = getattr(trainer, job.task)(
             job.model, **job.data, ckpt_path=path, verbose=False, weights_only=job.weights_only
         )
-    return Evaluation(after=afterwards(trainer), metrics=[dict(each) for each in metrics])
+    return Evaluation(trainer_state=trainer_state(trainer), metrics=[dict(each) for each in metrics])
 
 
-def predict(job: Job, place: Place) -> Evaluation:
+def predict(job: Job, context: WorkerContext) -> Evaluation:
     """Predicts; rank 0 has all predictions, in the order of the data."""
-    trainer = make_trainer(job, place)
+    trainer = make_trainer(job, context)
     allowed = job.model.allow_zero_length_dataloader_with_multiple_devices
     # A worker may have no batch where there are fewer batches than workers.
     job.model.allow_zero_length_dataloader_with_multiple_devices = True
     with local_file(job.checkpoint) as path:
         mine = trainer.predict(job.model, **job.data, ckpt_path=path, weights_only=job.weights_only)
     job.model.allow_zero_length_dataloader_with_multiple_devices = allowed
-    evaluation = Evaluation(after=afterwards(trainer))
+    evaluation = Evaluation(trainer_state=trainer_state(trainer))
     found: list[Any] = [mine]
     if trainer.world_size > 1:
         found = [None] * trainer.world_size
@@ -143,26 +157,28 @@ def predict(job: Job, place: Place) -> Evaluation:
     if found[0] is not None and trainer.predict_loop.return_predictions:
         several = trainer.predict_loop.num_dataloaders > 1
         ranks = [rank or ([[]] * len(found[0]) if several else []) for rank in found]
-        evaluation.predictions = [in_turns(each) for each in zip(*ranks, strict=True)] if several else in_turns(ranks)
+        evaluation.predictions = (
+            [interleave(each) for each in zip(*ranks, strict=True)] if several else interleave(ranks)
+        )
     return evaluation
 
 
-def make_trainer(job: Job, place: Place, *callbacks: pl.Callback) -> pl.Trainer:
-    """Lightning's Trainer for the place, with the user's arguments and what a shared run needs beyond them."""
+def make_trainer(job: Job, context: WorkerContext, *callbacks: pl.Callback) -> pl.Trainer:
+    """Lightning's Trainer for this worker, with the user's arguments and what a run on several needs beyond them."""
     arguments = quiet() | job.lightning
-    untouched = not arguments.pop("use_distributed_sampler", True)
+    presharded = not arguments.pop("use_distributed_sampler", True)
     if arguments["logger"] is True:
         own_logger = TensorBoardLogger(job.folder.path, name="", version="tensorboard", default_hp_metric=False)
         arguments["logger"] = own_logger if job.task == "fit" and job.folder.is_local else False
     if job.folder.is_local:
         arguments.setdefault("default_root_dir", job.folder.path)
-    balance = Balance()
-    totals = Totals(balance)
-    arguments["callbacks"] = [Randomness(job.seed), balance, totals, *arguments["callbacks"], *callbacks]
-    with_place = arguments | place.lightning() | {"use_distributed_sampler": False}
-    trainer = pl.Trainer(**with_place)
-    share_out(trainer, job.seed, untouched)
-    totals.attach(trainer)
+    weighting = LossWeighting()
+    metric_sync = MetricSync(weighting)
+    arguments["callbacks"] = [Randomness(job.seed), weighting, metric_sync, *arguments["callbacks"], *callbacks]
+    with_context = arguments | context.trainer_arguments() | {"use_distributed_sampler": False}
+    trainer = pl.Trainer(**with_context)
+    shard_loaders(trainer, job.seed, presharded)
+    metric_sync.attach(trainer)
     return trainer
 
 
@@ -188,14 +204,14 @@ def can_test(job: Job) -> bool:
 def size(loaders: Any) -> int | None:
     """How many samples the loaders' data sets have; None where they are streams."""
     try:
-        return sum(len(loader.dataset) for loader in own_loaders(loaders))
+        return sum(len(loader.dataset) for loader in resumable_loaders(loaders))
     except (TypeError, AttributeError):
         return None
 
 
-def afterwards(trainer: pl.Trainer) -> Afterwards:
+def trainer_state(trainer: pl.Trainer) -> TrainerState:
     """What the trainer shows, on the CPU."""
-    return Afterwards(
+    return TrainerState(
         callback_metrics=move_data_to_device(dict(trainer.callback_metrics), "cpu"),
         logged_metrics=move_data_to_device(dict(trainer.logged_metrics), "cpu"),
         progress_bar_metrics=dict(trainer.progress_bar_metrics),

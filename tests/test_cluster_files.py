@@ -14,7 +14,7 @@ from ray.autoscaler._private.aws.config import bootstrap_aws
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from ray_mnist.checkup import cluster_file
+from ray_mnist.checks import cluster_file
 
 CLUSTER = Path(__file__).parents[1] / "cluster"
 FOR_RAY_UP = ("gpu.yaml", "gpu-gcp.yaml", "local.yaml", "tpu.yaml")

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_tensor
 
 from ray_mnist import MNISTDataModule, RequestError
-from ray_mnist.data import Batch, ImageDataset
-from ray_mnist.loaders import SharedLoader
-from ray_mnist.sharing import split, split_all
-from ray_mnist.sources import MNIST_FILES, load
+from ray_mnist.data.mnist import Batch, ImageDataset
+from ray_mnist.data.sources import MNIST_FILES, load
+from ray_mnist.distributed.loaders import ShardedLoader
+from ray_mnist.distributed.sharding import shard_evaluation, shard_training
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -131,12 +131,12 @@ def test_workers_share_its_batches(world_size: int, num_workers: int, digits: MN
 
     def shares(loader: DataLoader[Batch], deal: Any, world_size: int) -> list[list[ImageDataset]]:
         deals = [partial(deal, rank=rank, world_size=world_size) for rank in range(world_size)]
-        ranks = [SharedLoader(loader, 0, lambda: (1, 0), deal, int) for deal in deals]
+        ranks = [ShardedLoader(loader, 0, lambda: (1, 0), deal, int) for deal in deals]
         return [[ImageDataset(*batch) for batch in rank] for rank in ranks]
 
-    [alone], together = (shares(digits.train_dataloader(), split, count) for count in (1, world_size))
+    [alone], together = (shares(digits.train_dataloader(), shard_training, count) for count in (1, world_size))
     assert [rows(*batch) for batch in zip(*together, strict=True)] == [rows(batch) for batch in alone]
-    evaluated = shares(digits.val_dataloader(), split_all, world_size)
+    evaluated = shares(digits.val_dataloader(), shard_evaluation, world_size)
     assert rows(*chain(*evaluated)) == rows(digits.parts["val"])
 
 

@@ -19,9 +19,10 @@ from conftest import wait_until
 from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
 from ray.cluster_utils import Cluster as LocalCluster
 
-from ray_mnist import doctor, terminal
-from ray_mnist.checkup import aws, cluster_file, cluster_health, ray_autoscaler, ray_up, versions
-from ray_mnist.checkup.ray_autoscaler import SCHEMA, UNEXPECTED_TERMINATION
+from ray_mnist import doctor
+from ray_mnist.checks import aws, cluster_file, cluster_health, ray_autoscaler, ray_up, versions
+from ray_mnist.checks.ray_autoscaler import SCHEMA, UNEXPECTED_TERMINATION
+from ray_mnist.cli import console
 
 Outcome = tuple[int, list[str], str]
 RAY = min(versions.locked()["ray"])
@@ -147,7 +148,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         monkeypatch.setattr(sys, "argv", ["doctor", *arguments])
         capsys.readouterr()
         try:
-            status = terminal.exit_status(doctor.examine)
+            status = console.exit_status(doctor.examine)
         except SystemExit as end:
             status = int(end.code or 0)
         out, err = capsys.readouterr()

@@ -29,18 +29,18 @@ from torch.utils.data import (
 )
 
 from ray_mnist import RequestError
-from ray_mnist.loaders import (
-    Balance,
-    Loader,
-    SharedLoader,
-    handed_out,
-    own_loaders,
-    place_in_training,
+from ray_mnist.distributed.loaders import (
+    LossWeighting,
+    ResumableLoader,
+    ShardedLoader,
+    resumable_loaders,
     same_on_all_ranks,
-    share_out,
-    shared,
+    samples_seen,
+    shard_loader,
+    shard_loaders,
+    training_position,
 )
-from ray_mnist.sharing import in_turns, split, split_all
+from ray_mnist.distributed.sharding import interleave, shard_evaluation, shard_training
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -109,7 +109,7 @@ PROCESSES: dict[str, dict[str, Any]] = {
 }
 
 
-class Place:
+class Position:
     """Where the training stands, as the test says."""
 
     def __init__(self, epoch: int = 0, batch: int = 0) -> None:
@@ -124,17 +124,17 @@ def share(
     rank: int = 0,
     world_size: int = 1,
     place: Callable[[], tuple[int, int]] | None = None,
-    deal: Any = split,
+    shard_batches: Any = shard_training,
     length: Any = int,
     seed: int = 0,
     number: int = 0,
-) -> SharedLoader:
+) -> ShardedLoader:
     """One rank's share of a loader, as `shared` makes it for training."""
-    deal = partial(deal, rank=rank, world_size=world_size)
-    return SharedLoader(loader, seed, place or Place(), deal, length, number=number, training=True)
+    shard_batches = partial(shard_batches, rank=rank, world_size=world_size)
+    return ShardedLoader(loader, seed, place or Position(), shard_batches, length, number=number, training=True)
 
 
-def samples_of(loader: SharedLoader) -> list[list[Any]]:
+def samples_of(loader: ShardedLoader) -> list[list[Any]]:
     """What a rank has of each batch, without the samples that weigh nothing."""
     return [batch[0] if loader.weights[number] else [] for number, batch in enumerate(loader)]
 
@@ -160,11 +160,11 @@ def test_the_ranks_together_have_the_batches_and_draws_of_one(kind: str, process
     ranks = []
     for rank in range(world_size):
         torch.manual_seed(rank)
-        ranks.append(samples_of(share(LOADERS[kind](**options), rank, world_size, Place(epoch=3))))
+        ranks.append(samples_of(share(LOADERS[kind](**options), rank, world_size, Position(epoch=3))))
     together = [sorted(chain(*shares)) for shares in zip(*ranks, strict=True)]
     # What a stream draws is a matter of the processes that it comes from.
     alone = options if kind not in MAP_STYLE else {"collate_fn": collate}
-    assert together == [sorted(batch) for batch in samples_of(share(LOADERS[kind](**alone), place=Place(epoch=3)))]
+    assert together == [sorted(batch) for batch in samples_of(share(LOADERS[kind](**alone), place=Position(epoch=3)))]
 
 
 # Going on where the run stands
@@ -174,7 +174,7 @@ def test_the_ranks_together_have_the_batches_and_draws_of_one(kind: str, process
 @pytest.mark.parametrize("kind", LOADERS)
 def test_a_resumed_epoch_has_exactly_the_rest_of_the_undisturbed_one(kind: str, processes: str) -> None:
     options = PROCESSES[processes] | {"collate_fn": collate}
-    place = Place()
+    place = Position()
     undisturbed = share(LOADERS[kind](**options), 1, 2, place)
     first = list(undisturbed)
     place.epoch = 1
@@ -185,7 +185,7 @@ def test_a_resumed_epoch_has_exactly_the_rest_of_the_undisturbed_one(kind: str, 
     torch.manual_seed(99)
     np.random.seed(99)
     for start in (2, len(whole)):
-        resumed = share(LOADERS[kind](**options), 1, 2, Place(4, start))
+        resumed = share(LOADERS[kind](**options), 1, 2, Position(4, start))
         assert [(batch, draws()) for batch in resumed] == whole[start:]
         assert resumed.weights == {number: weights[number] for number in range(start, len(whole))}
     assert whole[0][0] != first[0]
@@ -205,11 +205,11 @@ def test_a_resumed_epoch_has_exactly_the_rest_of_the_undisturbed_one(kind: str, 
 )
 def test_a_loader_that_is_left_as_it_is_goes_on_where_the_run_stands_too(loader: Any, processes: str) -> None:
     more = PROCESSES[processes] | {"collate_fn": lambda samples: (samples, draws())}
-    whole = [(batch, draws()) for batch in Loader(loader(**more), 0, Place(2))]
+    whole = [(batch, draws()) for batch in ResumableLoader(loader(**more), 0, Position(2))]
     torch.manual_seed(99)
     random.seed(99)
-    assert [(batch, draws()) for batch in Loader(loader(**more), 0, Place(2, 3))] == whole[3:]
-    assert next(iter(Loader(loader(**more), 0, Place(3)))) != whole[0][0]
+    assert [(batch, draws()) for batch in ResumableLoader(loader(**more), 0, Position(2, 3))] == whole[3:]
+    assert next(iter(ResumableLoader(loader(**more), 0, Position(3)))) != whole[0][0]
 
 
 def test_a_loader_used_before_has_processes_of_its_own_for_the_training() -> None:
@@ -257,15 +257,15 @@ def test_another_loader_of_the_same_model_draws_something_else() -> None:
 def test_another_batch_size_or_seed_is_refused_inside_an_epoch_only(batch_size: int, seed: int, complaint: str) -> None:
     state = pickle.loads(pickle.dumps(share(DataLoader(Noisy(), BATCH)).state_dict()))
     for other in (
-        share(DataLoader(Noisy(), batch_size), place=Place(3, 5), seed=seed),
-        Loader(DataLoader(Noisy(), batch_size), seed, Place(3, 5)),
+        share(DataLoader(Noisy(), batch_size), place=Position(3, 5), seed=seed),
+        ResumableLoader(DataLoader(Noisy(), batch_size), seed, Position(3, 5)),
     ):
         assert refusal(lambda other=other: other.load_state_dict(state)) == (
             f"The checkpoint was taken inside an epoch {complaint}"
         )
-    share(DataLoader(Noisy(), batch_size), place=Place(3, 0), seed=seed).load_state_dict(state)
-    share(DataLoader(Noisy(), BATCH), place=Place(3, 5)).load_state_dict(state)
-    share(DataLoader(Noisy(), BATCH), place=Place(3, 5)).load_state_dict({"of": "a loader of another make"})
+    share(DataLoader(Noisy(), batch_size), place=Position(3, 0), seed=seed).load_state_dict(state)
+    share(DataLoader(Noisy(), BATCH), place=Position(3, 5)).load_state_dict(state)
+    share(DataLoader(Noisy(), BATCH), place=Position(3, 5)).load_state_dict({"of": "a loader of another make"})
 
 
 # What is the user's own
@@ -341,8 +341,8 @@ def test_what_was_handed_out_is_counted_in_samples(kind: str, world_size: int) -
         for rank in ranks:
             list(rank)
         counted = SIZE // BATCH * BATCH if kind in FULL_BATCHES else SIZE
-        assert handed_out(ranks) == times * counted
-    assert own_loaders({"some": ranks, "other": [range(3)]}) == ranks
+        assert samples_seen(ranks) == times * counted
+    assert resumable_loaders({"some": ranks, "other": [range(3)]}) == ranks
 
 
 @pytest.mark.parametrize("world_size", range(1, 9))
@@ -350,7 +350,13 @@ def test_what_was_handed_out_is_counted_in_samples(kind: str, world_size: int) -
 def test_evaluation_is_as_long_as_it_says(batch_size: int, world_size: int) -> None:
     length = None if world_size > 1 else int
     ranks = [
-        share(DataLoader(Noisy(), batch_size, collate_fn=collate), rank, world_size, deal=split_all, length=length)
+        share(
+            DataLoader(Noisy(), batch_size, collate_fn=collate),
+            rank,
+            world_size,
+            shard_batches=shard_evaluation,
+            length=length,
+        )
         for rank in range(world_size)
     ]
     batches = [list(rank) for rank in ranks]
@@ -360,7 +366,9 @@ def test_evaluation_is_as_long_as_it_says(batch_size: int, world_size: int) -> N
 
 
 def test_asking_for_the_length_does_not_disturb() -> None:
-    rank, other = (share(LOADERS["map-style"](collate_fn=collate), 1, 2, deal=split_all, length=None) for _ in "ab")
+    rank, other = (
+        share(LOADERS["map-style"](collate_fn=collate), 1, 2, shard_batches=shard_evaluation, length=None) for _ in "ab"
+    )
     whole = samples_of(other)
     found = []
     for samples, _ in rank:
@@ -401,14 +409,14 @@ def test_the_mean_of_the_workers_gradients_is_that_of_the_global_batch(world_siz
     def gradients(world_size: int) -> list[list[Tensor]]:
         found = []
         for rank in range(world_size):
-            loader, balance = share(DataLoader(data, BATCH + 1, shuffle=True), rank, world_size), Balance()
+            loader, weighting = share(DataLoader(data, BATCH + 1, shuffle=True), rank, world_size), LossWeighting()
             trainer: Any = SimpleNamespace(train_dataloader={"only": loader})
             module: Any = None
             for number, (inputs, targets) in enumerate(loader):
                 model.zero_grad()
-                balance.on_train_batch_start(trainer, module, None, number)
+                weighting.on_train_batch_start(trainer, module, None, number)
                 loss = nn.functional.mse_loss(model(inputs), targets)
-                balance.on_before_backward(trainer, module, loss)
+                weighting.on_before_backward(trainer, module, loss)
                 loss.backward()
                 found.append([weight.grad.clone() for weight in model.parameters() if weight.grad is not None])
             assert not loader.weights
@@ -423,7 +431,7 @@ def test_the_mean_of_the_workers_gradients_is_that_of_the_global_batch(world_siz
 
 def test_a_batch_that_is_fetched_ahead_or_left_out_does_not_shift_the_weights() -> None:
     loader = share(DataLoader(Noisy(), 10), 0, 3)  # of 10: 4, and of the last 7: 3
-    balance, module = Balance(), None
+    weighting, module = LossWeighting(), None
     trainer: Any = SimpleNamespace(train_dataloader=loader)
     batches = iter(loader)
     weights = []
@@ -431,8 +439,8 @@ def test_a_batch_that_is_fetched_ahead_or_left_out_does_not_shift_the_weights() 
     for number in range(5):
         next(batches, None)
         if number != 2:  # as where the batch is None, and Lightning calls no hook
-            balance.on_train_batch_start(trainer, module, None, number)  # type: ignore[arg-type]
-            weights.append(balance.weight)
+            weighting.on_train_batch_start(trainer, module, None, number)  # type: ignore[arg-type]
+            weights.append(weighting.weight)
     assert weights == [1.2, 1.2, 1.2, 9 / 7]
 
 
@@ -454,15 +462,15 @@ def stands(rank: int = 0, world_size: int = 1, task: str = "training", epoch: in
     )
 
 
-def given(loader: Any, *where: Any, untouched: bool = False, limit: int | float = 1.0, **more: Any) -> Loader:
-    return shared(stands(*where, **more), loader, 0, untouched, limit)
+def given(loader: Any, *where: Any, presharded: bool = False, limit: int | float = 1.0, **more: Any) -> ResumableLoader:
+    return shard_loader(stands(*where, **more), loader, 0, presharded, limit)
 
 
 def test_the_place_is_the_batch_that_comes_next() -> None:
     trainer = stands(epoch=2, batch=5)
-    assert place_in_training(trainer) == (2, 5)
+    assert training_position(trainer) == (2, 5)
     trainer.fit_loop.epoch_progress.current.ready = 2  # between epochs, with what is left of the one before
-    assert place_in_training(trainer) == (2, 0)
+    assert training_position(trainer) == (2, 0)
 
 
 @pytest.mark.parametrize("task", ["training", "validating", "testing"])
@@ -504,7 +512,7 @@ def test_prediction_has_whole_batches_in_turns_up_to_the_limit(
     batches = [list(rank) for rank in ranks]
     count = len(loader())
     expected = list(loader())[: limit if isinstance(limit, int) else int(count * limit)]
-    assert repr(in_turns(batches)) == repr(expected)
+    assert repr(interleave(batches)) == repr(expected)
     assert [len(rank) for rank in ranks] == [len(each) for each in batches]
 
 
@@ -526,7 +534,7 @@ def test_finished_batches_cannot_be_shared(loader: Callable[[], Any], name: str,
         f"{name} hands out finished batches, which 2 workers cannot share: use a DataLoader with a batch_size, or "
         "share the data out yourself and give Trainer use_distributed_sampler=False."
     )
-    for alone in (given(loader(), 0, 1, task), given(loader(), 1, 2, task, untouched=True)):
+    for alone in (given(loader(), 0, 1, task), given(loader(), 1, 2, task, presharded=True)):
         assert [batch[1] if isinstance(batch, tuple) else batch for batch in alone] == [0, 1, 2]
         assert len(alone) == 3
 
@@ -555,12 +563,12 @@ def test_what_the_user_has_shared_out_is_not_shared_again(loader: Any, task: str
     sampler = DistributedSampler(range(20), num_replicas=2, rank=1, shuffle=False)
     found = [batch.tolist() for batch in given(loader(sampler), 1, 2, task)]
     assert found == [list(range(1, 10, 2)), list(range(11, 20, 2))]
-    untouched = given(DataLoader(range(20), 5), 1, 2, task, untouched=True)
-    assert [batch.tolist() for batch in untouched] == [list(range(start, start + 5)) for start in range(0, 20, 5)]
+    presharded = given(DataLoader(range(20), 5), 1, 2, task, presharded=True)
+    assert [batch.tolist() for batch in presharded] == [list(range(start, start + 5)) for start in range(0, 20, 5)]
 
 
 def test_a_limit_on_predictions_holds_for_what_is_left_untouched_too() -> None:
-    alone = given(DataLoader(range(20), 5), 1, 2, "predicting", untouched=True, limit=3)
+    alone = given(DataLoader(range(20), 5), 1, 2, "predicting", presharded=True, limit=3)
     assert [batch[0].item() for batch in alone] == [0, 5, 10]
     assert len(alone) == 3
 
@@ -665,7 +673,7 @@ def fit(
     folder: Path,
     start: int | None = None,
     val: Any = None,
-    untouched: bool = False,
+    presharded: bool = False,
     **options: Any,
 ) -> Seen:
     """What a model has seen after two epochs, or after what is left of them at step `start`."""
@@ -679,17 +687,17 @@ def fit(
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "num_sanity_val_steps": 0,
-            "callbacks": [Balance(), *([] if start else [Checkpoints(folder)])],
+            "callbacks": [LossWeighting(), *([] if start else [Checkpoints(folder)])],
         }
         | options
     )
-    share_out(trainer, 0, untouched)
+    shard_loaders(trainer, 0, presharded)
     path = folder / f"{start}.ckpt" if start else None
     if val is None:
         trainer.fit(model, datamodule=Loaders(loaders), ckpt_path=path, weights_only=False)
     else:
         trainer.fit(model, loaders(), val, ckpt_path=path, weights_only=False)
-    for loader in own_loaders(trainer.train_dataloader):
+    for loader in resumable_loaders(trainer.train_dataloader):
         assert len(loader.weights) <= 1  # of the batch that was fetched ahead
     return model
 
@@ -743,13 +751,13 @@ def test_validation_is_the_same_every_time_in_an_epoch(tmp_path: Path) -> None:
     assert batches[0] == batches[1] != batches[2] == batches[3]
 
 
-@pytest.mark.parametrize("untouched", [False, True])
-def test_the_processes_of_a_loader_end_with_the_training(untouched: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("presharded", [False, True])
+def test_the_processes_of_a_loader_end_with_the_training(presharded: bool, tmp_path: Path) -> None:
     before = set(multiprocessing.active_children())
     kept: list[Any] = []
     loader = LOADERS["map-style"](**PROCESSES["in persistent processes"])
     keep = pl.callbacks.LambdaCallback(on_train_end=lambda *seen: kept.extend(seen))
-    fit(lambda: loader, tmp_path, untouched=untouched, max_epochs=1, callbacks=[Balance(), keep])
+    fit(lambda: loader, tmp_path, presharded=presharded, max_epochs=1, callbacks=[LossWeighting(), keep])
     assert kept[0].train_dataloader
     assert set(multiprocessing.active_children()) == before
     assert len(list(loader)) == 6

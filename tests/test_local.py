@@ -19,8 +19,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer, sources
-from ray_mnist.results import CHECKPOINT, Row, RunFolder, checkpoint_name
+from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
+from ray_mnist.data import sources
+from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name
+from ray_mnist.run.outcome import Row
 
 pytestmark = pytest.mark.timeout(120)
 

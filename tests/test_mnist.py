@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
-from ray_mnist.results import CHECKPOINT, RunFolder, read_metrics
+from ray_mnist.run.folder import CHECKPOINT, RunFolder
+from ray_mnist.run.records import read_metrics
 
 Command = Callable[..., CompletedProcess[str]]
 

@@ -21,10 +21,10 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from ray.cluster_utils import Cluster as LocalCluster
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
-from ray_mnist import preflight
+from ray_mnist.checks import preflight
+from ray_mnist.checks.preflight import Bundle, Cluster, check_resources, fits
 from ray_mnist.errors import RequestError
-from ray_mnist.preflight import Bundle, Cluster, check_resources, fits
-from ray_mnist.results import RunFolder
+from ray_mnist.run.folder import RunFolder
 
 GPU_WORKER = {"CPU": 1.0, "GPU": 1.0}
 SMALL, LARGE = {"CPU": 1.0, "GPU": 1.0}, {"CPU": 3.0}  # the nodes of `two_nodes`

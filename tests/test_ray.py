@@ -16,7 +16,8 @@ from conftest import wait_until
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.errors import RequestError, TrainingError
-from ray_mnist.results import CHECKPOINT, RunFolder, read_failures, read_metrics
+from ray_mnist.run.folder import CHECKPOINT, RunFolder
+from ray_mnist.run.records import read_failures, read_metrics
 
 EPOCHS = 3
 STEPS_PER_EPOCH = 17  # digits: 1,151 training samples in global batches of 64

@@ -25,10 +25,10 @@ import pytest
 import torch
 from torchvision import datasets
 
-from ray_mnist import download, sources
-from ray_mnist.download import prepare
+from ray_mnist.data import download, sources
+from ray_mnist.data.download import prepare
+from ray_mnist.data.sources import MNIST_FILES, SOURCES, load
 from ray_mnist.errors import RequestError
-from ray_mnist.sources import MNIST_FILES, SOURCES, load
 
 pytestmark = pytest.mark.timeout(60)
 

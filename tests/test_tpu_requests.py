@@ -152,7 +152,7 @@ def test_that_package_is_what_rays_backend_needs() -> None:
 
 def test_where_the_run_goes(chips: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     clusters: list[str | None] = [None]
-    monkeypatch.setattr("ray_mnist.preflight.this_machines_cluster", lambda: clusters[0])
+    monkeypatch.setattr("ray_mnist.checks.preflight.this_machines_cluster", lambda: clusters[0])
     chips(4)
     assert not tpu.on_cluster(RunConfig(tpu_cores=4))
     assert not tpu.on_cluster(RunConfig(tpu_cores=16))  # and is refused

@@ -25,9 +25,11 @@ from ray.tune.search.sample import Categorical
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ray_mnist import MNISTDataModule, RequestError, SimpleModel, TrainingError, space, tune
-from ray_mnist.launch.nested import NestedTorchTrainer
-from ray_mnist.results import RunFolder, read_metrics
+from ray_mnist import MNISTDataModule, RequestError, SimpleModel, TrainingError, tune
+from ray_mnist.run.folder import RunFolder
+from ray_mnist.run.records import read_metrics
+from ray_mnist.search import space
+from ray_mnist.search.placement import NestedTorchTrainer
 
 DIGITS = {"data": {"dataset": "digits"}}
 

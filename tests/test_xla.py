@@ -28,7 +28,8 @@ from torch_xla.debug import metrics
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.launch import tpu
-from ray_mnist.results import CHECKPOINT, RunFolder, checkpoint_name, read_metrics
+from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name
+from ray_mnist.run.records import read_metrics
 
 pytestmark = [pytest.mark.tpu, pytest.mark.timeout(300)]
 STEPS_PER_EPOCH = 17  # digits: 1,151 // 64

@@ -7,9 +7,10 @@ from typing import Any
 import ray.train
 from ray.exceptions import RayError
 
-from ray_mnist.errors import RequestError, TrainingError
-from ray_mnist.preflight import WAIT_FOR_NODES_S
-from ray_mnist.results import FAILURES, RunFolder, one_line
+from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
+from ray_mnist.errors import RequestError, TrainingError, one_line
+from ray_mnist.run.folder import RunFolder
+from ray_mnist.run.records import FAILURES
 
 
 class Failures(ray.train.UserCallback):

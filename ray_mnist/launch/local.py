@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from ray_mnist.errors import RequestError
-from ray_mnist.results import Evaluation, Outcome, Row
-from ray_mnist.worker import Job, Place, run
+from ray_mnist.run.outcome import Evaluation, Outcome, Row
+from ray_mnist.worker import Job, WorkerContext, run
 
 
-class ThisProcess:
-    """A `Place` with one rank; it looks after the run folder's checkpoints itself."""
+class LocalContext:
+    """A `WorkerContext` with one rank; it looks after the run folder's checkpoints itself."""
 
     def __init__(self, job: Job, use_gpu: bool) -> None:
         self.job, self.use_gpu = job, use_gpu
 
-    def lightning(self) -> dict[str, Any]:
+    def trainer_arguments(self) -> dict[str, Any]:
         """One device."""
         return {"accelerator": "gpu" if self.use_gpu else "cpu", "devices": 1, "strategy": "auto"}
 
@@ -29,17 +29,17 @@ class ThisProcess:
         assert checkpoint is not None
         self.job.folder.add_checkpoint(checkpoint, name)
 
-    def agree(self, value: str | None) -> str | None:
+    def broadcast(self, value: str | None) -> str | None:
         """There is nobody to disagree."""
         return value
 
 
-def launch(job: Job, place: Place) -> Outcome | Evaluation:
+def launch(job: Job, context: WorkerContext) -> Outcome | Evaluation:
     """Does the job here."""
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         with seed_left_alone():
-            return run(job, place)
+            return run(job, context)
     except SystemExit as end:
         # Lightning answers Ctrl-C by leaving the process, and is deaf to it from then on.
         if not isinstance(end.__context__, KeyboardInterrupt):

@@ -10,11 +10,11 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.tpu import SlicePlacementGroup, run_on_slice, slice_placement_group
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from ray_mnist.errors import RequestError, TrainingError
+from ray_mnist.checks.preflight import Cluster
+from ray_mnist.errors import RequestError, TrainingError, one_line
 from ray_mnist.launch import tpu
-from ray_mnist.launch.connect import go_to, this_folder
-from ray_mnist.preflight import Cluster
-from ray_mnist.results import Evaluation, Outcome, one_line
+from ray_mnist.launch.connection import go_to, this_folder
+from ray_mnist.run.outcome import Evaluation, Outcome
 from ray_mnist.worker import Job
 
 FREE_S = 3  # for a slice that nobody uses

@@ -16,15 +16,15 @@ from ray.exceptions import RayError
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ray_mnist import travel
-from ray_mnist.arguments import FIND_UNUSED
+from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
+from ray_mnist.cli.lightning_arguments import FIND_UNUSED
 from ray_mnist.config import RunConfig
-from ray_mnist.errors import RequestError, TrainingError
-from ray_mnist.launch.connect import environment, go_to, this_folder
+from ray_mnist.errors import RequestError, TrainingError, one_line
+from ray_mnist.launch.connection import environment, go_to, this_folder
 from ray_mnist.launch.failures import Failures, describe_all
-from ray_mnist.preflight import WAIT_FOR_NODES_S
-from ray_mnist.results import Evaluation, Outcome, Row, RunFolder, one_line
-from ray_mnist.worker import Job
+from ray_mnist.run.folder import RunFolder
+from ray_mnist.run.outcome import Evaluation, Outcome, Row
+from ray_mnist.worker import Job, run_and_collect
 
 # Ray Train reads these when a run starts. A value that is set already is somebody's wish and stays.
 RAY_TRAIN_SETTINGS = {
@@ -42,14 +42,14 @@ def bundle(config: RunConfig) -> dict[str, float]:
     return {"CPU": 1, "GPU": 1} if config.use_gpu else {"CPU": 1}
 
 
-class RayWorker:
-    """A `Place`: one of the worker processes of a TorchTrainer."""
+class RayContext:
+    """A `WorkerContext`: one of the worker processes of a TorchTrainer."""
 
     def __init__(self, job: Job, use_gpu: bool) -> None:
         self.job, self.use_gpu = job, use_gpu
         self.context = ray.train.get_context()
 
-    def lightning(self) -> dict[str, Any]:
+    def trainer_arguments(self) -> dict[str, Any]:
         """The strategy, over the process group that Ray has made."""
         return {
             "accelerator": "gpu" if self.use_gpu else "cpu",
@@ -69,7 +69,7 @@ class RayWorker:
         attached = None if checkpoint is None else ray.train.Checkpoint.from_directory(checkpoint)
         ray.train.report(metrics, attached, checkpoint_dir_name=name, checkpoint_upload_fn=upload)
 
-    def agree(self, value: str | None) -> str | None:
+    def broadcast(self, value: str | None) -> str | None:
         """Rank 0's value, on every rank."""
         agreed: str | None = broadcast_from_rank_zero(value)
         return agreed
@@ -135,7 +135,7 @@ def train_function(config: dict[str, Any]) -> Outcome | Evaluation:
     # One thread for the one CPU that is reserved: workers don't fight over cores, and round alike wherever they run.
     torch.set_num_threads(1)
     try:
-        return travel.brought_home(job, RayWorker(job, config["use_gpu"]))
+        return run_and_collect(job, RayContext(job, config["use_gpu"]))
     except Exception as error:
         if "find_unused_parameters" in str(error):
             error = unused_parameters(job.model)
@@ -153,7 +153,7 @@ def unused_parameters(model: pl.LightningModule) -> RequestError:
 
 
 def launch(job: Job, config: RunConfig, trainer_class: type[TorchTrainer] = TorchTrainer) -> Outcome | Evaluation:
-    """Does the job on `config.num_workers` Ray workers; needs a `connection`.
+    """Does the job on `config.num_workers` Ray workers; needs a `connection.connect`.
 
     Raises:
         RequestError: a worker found that the request cannot be met.
@@ -209,7 +209,7 @@ def in_thread(call: Callable[[], Any]) -> Any:
     """What `call` returns or raises, while Ctrl-C stays with this thread.
 
     In the main thread Ray Train would take Ctrl-C for itself and answer it once its controller is free, which can
-    take longer than people wait; ended by `connection`, everything goes at once.
+    take longer than people wait; ended by `connection.connect`, everything goes at once.
     """
     outcome: dict[str, Any] = {}
 

@@ -13,7 +13,7 @@ import ray
 from packaging.requirements import Requirement
 from ray.util import tpu
 
-from ray_mnist import preflight
+from ray_mnist.checks import preflight
 from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError
 

@@ -25,18 +25,17 @@ from torch_xla import runtime
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from ray_mnist import travel
-from ray_mnist.errors import RequestError, TrainingError
+from ray_mnist.errors import RequestError, TrainingError, one_line
 from ray_mnist.launch import local
-from ray_mnist.results import Evaluation, Outcome, Row, one_line
-from ray_mnist.worker import Job
+from ray_mnist.run.outcome import Evaluation, Outcome, Row
+from ray_mnist.worker import Job, run_and_collect
 
 Address = tuple[str, int]  # where the processes find each other
 OUTCOME, ERROR = "outcome", "error"
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
-class Steps:
+class SyncSteps:
     """What Lightning's strategies for one core and for all of them both lack."""
 
     def batch_to_device(self, batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
@@ -49,11 +48,11 @@ class Steps:
         xm.set_rng_state(torch.initial_seed())
 
 
-class OneCoreStrategy(Steps, SingleDeviceXLAStrategy):
+class OneCoreStrategy(SyncSteps, SingleDeviceXLAStrategy):
     """Lightning's for one core."""
 
 
-class EachCoreStrategy(Steps, XLAStrategy):
+class EachCoreStrategy(SyncSteps, XLAStrategy):
     """Lightning's for all cores, inside a process that was started for one of them.
 
     Lightning itself would start one for each fit and each test, and bring home little of what happened there; it has
@@ -99,14 +98,14 @@ def gather_on_host(value: Tensor, group: Any = None) -> list[Tensor]:
     return [each.to(value.device) for each in gather_all_tensors(value.cpu(), group)]
 
 
-class Core(local.ThisProcess):
-    """A `Place`: one of `cores` of this host, and perhaps of other hosts."""
+class XLAContext(local.LocalContext):
+    """A `WorkerContext`: one of `cores` of this host, and perhaps of other hosts."""
 
     def __init__(self, job: Job, cores: int) -> None:
         super().__init__(job, use_gpu=False)
         self.cores = cores
 
-    def lightning(self) -> dict[str, Any]:
+    def trainer_arguments(self) -> dict[str, Any]:
         """Lightning's XLA accelerator, precision and checkpoints come with the strategy."""
         strategy = OneCoreStrategy(0) if self.cores == 1 else EachCoreStrategy()
         return {"accelerator": "tpu", "devices": self.cores, "strategy": strategy}
@@ -116,7 +115,7 @@ class Core(local.ThisProcess):
         if checkpoint is not None:
             super().report(metrics, name, checkpoint)
 
-    def agree(self, value: str | None) -> str | None:
+    def broadcast(self, value: str | None) -> str | None:
         """Rank 0's value, on every rank."""
         found = [value]
         if dist.is_initialized():
@@ -133,7 +132,7 @@ def launch(job: Job, cores: int) -> Outcome | Evaluation:
     """
     if cores == 1:
         outcomes: list[Outcome | Evaluation] = []
-        xmp.spawn(lambda _: outcomes.append(local.launch(job, Core(job, cores))), nprocs=1)
+        xmp.spawn(lambda _: outcomes.append(local.launch(job, XLAContext(job, cores))), nprocs=1)
         return outcomes[0]
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     outcome = launch_host(job, cores, ("127.0.0.1", store.port))
@@ -171,7 +170,7 @@ def run_on_core(rank: int, packed: bytes, cores: int, address: Address, folder: 
         store = TCPStore(*address, is_master=False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=runtime.world_size())
         job: Job = cloudpickle.loads(packed)
-        outcome = travel.brought_home(job, Core(job, cores))
+        outcome = run_and_collect(job, XLAContext(job, cores))
         if rank == 0:
             Path(folder, OUTCOME).write_bytes(cloudpickle.dumps(outcome))
         dist.barrier()

@@ -1,0 +1,283 @@
+"""What the run needs against what there is, before anything starts.
+
+Ray is imported only where a cluster is asked: a run in this process does without it.
+"""
+
+import json
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_mnist.errors import RequestError, one_line
+from ray_mnist.run.folder import RunFolder
+
+Bundle = dict[str, float]
+CONNECT_TIMEOUT_S = 5
+ANSWER_TIMEOUT_S = 15
+PROBE_TIMEOUT_S = 60
+WAIT_FOR_NODES_S = 600  # a cloud's machine takes minutes to start and to be set up
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster as a run sees it."""
+
+    address: str
+    nodes: list[dict[str, Any]]
+
+    @classmethod
+    def current(cls) -> "Cluster":
+        """The one that this process is connected to."""
+        import ray
+
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        return cls(ray.get_runtime_context().gcs_address, nodes)
+
+    def __str__(self) -> str:
+        nodes = "1 node" if len(self.nodes) == 1 else f"{len(self.nodes)} nodes"
+        return f"{self.address} ({nodes}, {count(self.total('CPU'), 'CPU')}, {count(self.total('GPU'), 'GPU')})"
+
+    def total(self, resource: str) -> float:
+        """Of all nodes."""
+        return sum(node["Resources"].get(resource, 0) for node in self.nodes)
+
+    def room_for(self, bundle: Bundle) -> int:
+        """How many such bundles the nodes hold: a bundle cannot be spread over two nodes."""
+        return sum(fits(node["Resources"], bundle) for node in self.nodes)
+
+
+def fits(resources: dict[str, float], bundle: Bundle) -> int:
+    """How many such bundles one node holds."""
+    return min(int(resources.get(name, 0) // amount) for name, amount in bundle.items())
+
+
+def has_autoscaler() -> bool:
+    """Whether an autoscaler that says what it cannot add looks after the cluster: version 2, which `ray up` starts."""
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    return is_autoscaler_v2(fetch_from_server=True)
+
+
+def nodes_are_joining() -> bool:
+    """Whether an autoscaler of version 1, as `cluster/local.yaml` has it, is bringing up nodes.
+
+    Ray has no public call for it.
+    """
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report", {})
+    return bool(report.get("pending_nodes") or report.get("pending_launches"))
+
+
+def is_beyond_the_autoscaler(group: Any) -> bool:
+    """Whether the autoscaler has found that it cannot add the nodes that the placement group waits for.
+
+    Ray has no public call for it, nor for the autoscaler's limits.
+    """
+    from ray._private.worker import global_worker
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
+
+    status = GetClusterStatusReply.FromString(global_worker.gcs_client.get_cluster_status())  # type: ignore[attr-defined]
+    infeasible = status.autoscaling_state.infeasible_gang_resource_requests
+    return any(request.details.startswith(group.id.hex()) for request in infeasible)
+
+
+def check_resources(num_workers: int, bundle: Bundle, wait_s: float, say: Callable[[str], None]) -> Cluster:
+    """The cluster, once it has room for `num_workers` bundles.
+
+    Args:
+        num_workers: how many bundles are needed at the same time.
+        bundle: what each needs of one node, such as {"CPU": 1, "GPU": 1}.
+        wait_s: seconds to wait for resources that are in use, or for nodes that the autoscaler has to start.
+        say: takes a line that tells what is being waited for.
+
+    Raises:
+        RequestError: there is no room, and there cannot be or was not in `wait_s` seconds.
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    cluster = Cluster.current()
+    room = cluster.room_for(bundle)
+    needs = f"The run needs {wanted(num_workers, bundle)}"
+    has = f"the cluster at {cluster} has room for {room} of the {num_workers} workers"
+    grows_on_demand = has_autoscaler()
+    if room < num_workers and not grows_on_demand and not nodes_are_joining():
+        raise RequestError(f"{needs}; {has}: {way_out(room, bundle)}")
+    group = placement_group([bundle] * num_workers)
+    try:
+        if not group.wait(2):
+            why = "resources that are in use" if room >= num_workers else "nodes that the autoscaler is starting"
+            say(f"waiting up to {wait_s:.0f} s for {why}: {wanted(num_workers, bundle)}")
+            deadline = time.monotonic() + wait_s
+            while not group.wait(1):
+                if room < num_workers and grows_on_demand and is_beyond_the_autoscaler(group):
+                    raise RequestError(
+                        f"{needs}; {has}, and its autoscaler cannot add nodes enough: {way_out(room, bundle)}"
+                    )
+                if time.monotonic() > deadline:
+                    raise RequestError(
+                        f"{needs}, and {why} on the cluster at {Cluster.current()} were not free after {wait_s:.0f} s: "
+                        "look at `ray status`, and try again later or with fewer --num-workers."
+                    )
+    finally:
+        remove_placement_group(group)
+    return Cluster.current()
+
+
+def wanted(num_workers: int, bundle: Bundle) -> str:
+    """Such as `4 CPUs and 4 GPUs (1 CPU and 1 GPU on one node for each of 4 workers)`."""
+    total = " and ".join(count(amount * num_workers, name) for name, amount in bundle.items())
+    each = " and ".join(count(amount, name) for name, amount in bundle.items())
+    return f"{total} ({each} on one node for each of {num_workers} workers)"
+
+
+def count(amount: float, name: str) -> str:
+    """Such as `1 CPU` or `4 GPUs`."""
+    return f"{amount:g} {name}" + ("" if amount == 1 else "s")
+
+
+def way_out(room: int, bundle: Bundle) -> str:
+    """What to do where there is not room enough."""
+    fewer = f"use --num-workers {room}" if room else "drop --use-gpu" if "GPU" in bundle else "add nodes"
+    return f"{fewer}, or join a larger cluster with --address."
+
+
+def this_machines_cluster() -> str | None:
+    """The address of the cluster that this machine is part of, or None.
+
+    `ray start` leaves it in a file for `ray.init()` to find; a cluster that died leaves the file behind.
+    """
+    from ray._private.utils import read_ray_address
+
+    address = read_ray_address()
+    return address if address and unreachable(address) is None else None
+
+
+def check_address(address: str) -> None:
+    """Raises RequestError if no Ray head answers at host:port; Ray itself would try for half a minute, or for ever."""
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535 or "/" in host:
+        raise RequestError(f"--address {address} is not an address: give HOST:PORT, as `ray start --head` prints it.")
+    if problem := unreachable(address):
+        raise RequestError(f"--address {address} does not answer ({problem}): is `ray start --head` running there?")
+
+
+def unreachable(address: str) -> str | None:
+    """Why no Ray head answers at host:port, or None: with anything else that listens there, Ray tries for ever."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        return one_line(error)
+
+    import grpc  # type: ignore[import-untyped]
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    with init_grpc_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+        head = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        try:
+            request = gcs_service_pb2.CheckAliveRequest()  # type: ignore[attr-defined]
+            head.CheckAlive(request, timeout=ANSWER_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                return "it asks for a token: copy ~/.ray/auth_token from its head"
+            return "something listens there, but no Ray head"
+    return None
+
+
+def check_storage(folder: RunFolder, needed_bytes: int) -> None:
+    """Writes and reads as many bytes as the run's checkpoints take where the run folder is to be.
+
+    Raises:
+        RequestError: this process cannot write so much there.
+    """
+    with _probe(folder) as probe:
+        try:
+            probe.write("driver", bytes(needed_bytes))
+            if len(probe.read("driver")) != needed_bytes:
+                raise OSError("what was written could not be read back")
+        except OSError as error:
+            raise RequestError(
+                f"--storage-path {folder.storage_path} cannot take the run's {needed_bytes / 1e6:.1f} MB of "
+                f"checkpoints: {one_line(error)}; use another folder or make room."
+            ) from error
+
+
+def check_shared_storage(folder: RunFolder, cluster: Cluster) -> None:
+    """Has every node read what this process wrote, and this process what every node wrote.
+
+    Raises:
+        RequestError: the storage path is not one place for the whole cluster.
+    """
+    if len(cluster.nodes) == 1:
+        return
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    probe_from = ray.remote(num_cpus=0, max_retries=0)(_probe_from_node)
+    with _probe(folder) as probe:
+        probe.write("driver", b"driver")
+        answers = [
+            probe_from.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                probe.storage_path, probe.name, node["NodeID"]
+            )
+            for node in cluster.nodes
+        ]
+        deadline = time.monotonic() + PROBE_TIMEOUT_S
+        for answer, node in zip(answers, cluster.nodes, strict=True):
+            problem = _answer(answer, deadline)
+            if problem is None and not probe.has(node["NodeID"]):
+                problem = "what it wrote cannot be seen from here"
+            if problem:
+                raise RequestError(
+                    f"--storage-path {folder.storage_path} is not shared with node {node['NodeManagerHostname']} "
+                    f"({problem}): use a bucket (s3://…, gs://…) or a folder that every machine mounts."
+                )
+
+
+def _probe_from_node(storage_path: str, name: str, node_id: str) -> str | None:
+    probe = RunFolder(storage_path, name)
+    try:
+        if probe.read("driver") != b"driver":
+            return "it reads something else there"
+        probe.write(node_id, b"node")
+    except OSError as error:
+        return one_line(error)
+    return None
+
+
+def _answer(answer: Any, deadline: float) -> str | None:
+    import ray
+
+    try:
+        problem: str | None = ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
+    except ray.exceptions.GetTimeoutError:
+        return f"it did not answer in {PROBE_TIMEOUT_S} s"
+    except ray.exceptions.RayError as error:
+        return one_line(error)[:200]
+    return problem
+
+
+@contextmanager
+def _probe(folder: RunFolder) -> Iterator[RunFolder]:
+    """A folder beside the run folder, for the time of the `with`; what had to be made for it goes too."""
+    probe = RunFolder(folder.storage_path, f".probe-{uuid.uuid4().hex}")
+    parents = Path(folder.path).parents if folder.is_local else []
+    made = [path for path in parents if not path.exists()]
+    try:
+        yield probe
+    finally:
+        with suppress(OSError):
+            probe.remove()
+        for path in made:
+            with suppress(OSError):  # another run may have begun to use it
+                path.rmdir()

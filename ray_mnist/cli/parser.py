@@ -1,0 +1,155 @@
+"""The command line's parser, jsonargparse's, with LightningCLI's conventions for model and data."""
+
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from pytorch_lightning import LightningDataModule, LightningModule
+
+from ray_mnist.config import OPTIONS, RunConfig, flag
+from ray_mnist.data import MNISTDataModule
+from ray_mnist.errors import RequestError, one_line
+from ray_mnist.models import SimpleModel
+from ray_mnist.run.folder import RunFolder
+
+UNKNOWN_CLASS = "neither one of ours (SimpleModel, ConvModel, MNISTDataModule) nor a pkg.module.Class"
+DEFAULT_CLASSES = {"model": SimpleModel.__name__, "data": MNISTDataModule.__name__}
+SHORT = {"--lr": "--model.lr", "--batch-size": "--data.batch_size", "--dataset": "--data.dataset"}
+
+
+class Parser(ArgumentParser):
+    """Says what is wrong in one sentence: raises RequestError where ArgumentParser would print its usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Takes every complaint of the parser's."""
+        raise RequestError(f"{sentence(message)} (see {self.prog} --help)") from ex
+
+    def parse_path(self, cfg_path: Any, *arguments: Any, **options: Any) -> Namespace:
+        """Says which file a complaint is about."""
+        try:
+            return super().parse_path(cfg_path, *arguments, **options)
+        except RequestError as error:
+            raise RequestError(f"--config {cfg_path}: {error}") from error
+
+
+def sentence(message: str) -> str:
+    """The one fact in a message of jsonargparse's, which tells of everything that it tried."""
+    line = " ".join(re.sub(r"\(see [^)]*--help\)", "", message).split())
+    # A class may also be given as a path or left out (None): why neither fits is of no interest.
+    tried = re.search(
+        r'Parser key "(\w+)": .*Errors: - (.*?) - Expected a <class \'NoneType\'>.*Given value: (.*)', line
+    )
+    if tried:
+        option, reason, value = tried.groups()
+        inner = re.match(r"--([\w-]+): (.*)", reason)  # the class's own parser was here before
+        given = "" if "(" in value else f" {value}"
+        line = f"--{option}.{inner[1].replace('-', '_')}: {inner[2]}" if inner else f"--{option}{given}: {reason}"
+    line = re.sub(r"Expected a dot import path string: \S+", UNKNOWN_CLASS, line)
+    line = re.sub(r'Parser key "([^"]+)"', lambda key: flag(key[1]), line)
+    return re.sub(r"<class '(\w+)'>", r"\1", line)
+
+
+def make_parser(module: str, description: str, short: bool = True) -> Parser:
+    """The options of a run, `--config`, `--model` and `--data`, and of `short` ones what they are short for."""
+    parser = Parser(
+        prog=f"python -m ray_mnist.{module}",
+        description=description,
+        epilog="; ".join(f"{brief} V is short for {long} V" for brief, long in SHORT.items()) if short else None,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options, such as config.yaml")
+    for option in fields(RunConfig):
+        help_text = option.metadata["help"]
+        if option.type is bool:
+            parser.add_argument(flag(option.name), action="store_true", help=help_text)
+        else:
+            parser.add_argument(flag(option.name), type=option.type, default=option.default, help=help_text)
+    for name, base in (("model", LightningModule), ("data", LightningDataModule)):
+        help_text = f"{base.__name__}: ours or pkg.module.Class (default: {DEFAULT_CLASSES[name]})"
+        parser.add_subclass_arguments(base, name, required=True, help=help_text)
+    return parser
+
+
+def expand(arguments: Sequence[str]) -> list[str]:
+    """Writes the short options out."""
+    expanded = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        expanded.append(SHORT.get(name, name) + equals + value)
+    return expanded
+
+
+def name_classes(arguments: Sequence[str]) -> list[str]:
+    """Puts the classes that will hold in front, so that their arguments may come in any order.
+
+    They are not the parser's defaults: jsonargparse would hand the default class's arguments on to the class that is
+    named instead, wherever that takes arguments of the same name.
+    """
+    classes = dict(DEFAULT_CLASSES)
+    options = [(*option.partition("="), following) for option, following in pairwise([*arguments, ""])]
+    given = [(option, inline if equals else following) for option, equals, inline, following in options]
+    for _, file in filter(lambda pair: pair[0] == "--config", given):
+        with suppress(OSError, yaml.YAMLError, TypeError, AttributeError):  # the parser will say what is wrong with it
+            config = yaml.safe_load(Path(file).read_text())
+            classes |= {name: config[name]["class_path"] for name in classes if "class_path" in config.get(name, {})}
+    classes |= {option.removeprefix("--"): value for option, value in given if option in ("--model", "--data")}
+    return [f"--{name}={class_name}" for name, class_name in classes.items()] + [*arguments]
+
+
+def parse(parser: Parser, arguments: Sequence[str] | None = None, short: bool = True) -> Namespace:
+    """The configuration, complete; what a resumed run was started with holds where nothing else is said.
+
+    Raises:
+        RequestError: an option is unknown or has a value that it cannot have.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = expand(arguments) if short else list(arguments)
+    config = parser.parse_args(name_classes(arguments))
+    if config.resume and config.name:
+        saved = RunFolder(config.storage_path, config.name)
+        if saved.is_local and saved.has("config.yaml"):
+            config = parser.parse_args(name_classes(["--config", saved.at("config.yaml"), *arguments]))
+    RunConfig(**{name: config[name] for name in OPTIONS})  # finds out what cannot mean anything
+    return config
+
+
+def instantiate(parser: Parser, config: Namespace) -> tuple[LightningModule, LightningDataModule]:
+    """The model and the data module; a model left at the shape of MNIST is sized to the data, in `config` too.
+
+    Raises:
+        RequestError: a class does not take its arguments, or the model has fewer classes than the data.
+    """
+    data = _make(parser, config, "data")
+    sizes = config.model.init_args
+    for name, mnist in (("input_shape", (1, 28, 28)), ("num_classes", 10)):
+        if hasattr(data, name) and sizes.get(name) == mnist:
+            sizes[name] = getattr(data, name)
+    classes, least = sizes.get("num_classes"), getattr(data, "num_classes", 0)
+    if isinstance(classes, int) and classes < least:
+        raise RequestError(f"--model.num_classes {classes} is fewer than the {least} of the data: leave it out.")
+    return _make(parser, config, "model"), data
+
+
+def _make(parser: Parser, config: Namespace, name: str) -> Any:
+    try:
+        return parser.instantiate(Namespace({name: config[name]}))[name]
+    except ValueError as error:
+        # jsonargparse hides what the class itself said behind an account of all that it tried.
+        said = error.__cause__ or error
+        if isinstance(said, RequestError):
+            raise said from None
+        raise RequestError(
+            f"--{name} {config[name].class_path} cannot be made: {type(said).__name__}: {one_line(said)}"
+        ) from error
+
+
+def plain(parser: Parser, config: Namespace) -> dict[str, Any]:
+    """`config` as `config.yaml` has it: nothing but YAML's own types."""
+    whole: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_unset=False))
+    return whole

@@ -1,0 +1,182 @@
+"""MNISTDataModule: MNIST and its like, in memory."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ray_mnist.config import global_seed
+from ray_mnist.data import download, sources
+from ray_mnist.errors import RequestError
+
+Batch = tuple[Tensor, Tensor]
+EVALUATION_BATCH = 1024  # the larger the faster; it has no part in the result
+
+
+class ImageDataset(Dataset[Batch]):
+    """Images uint8 (N, C, H, W) and labels int64 (N,) in memory; `__getitems__` gives a whole batch at a time."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        return self.images[indices], self.labels[indices]
+
+
+class EpochOrder(Sampler[int]):
+    """Each epoch's own order of the samples, a function of the seed and the epoch alone, inside Lightning or not."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        entropy = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)[0]
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(int(entropy >> 1)))
+        return iter(order.tolist())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls it as `epoch`, counted from 0, begins."""
+        self.epoch = epoch
+
+
+def together(batch: Any) -> Any:
+    """The batch as it is: its samples came together."""
+    return batch
+
+
+class MNISTDataModule(LightningDataModule):
+    """MNIST and its like: images as float32 (N, C, H, W) in [0, 1] with labels int64 (N,).
+
+    Args:
+        dataset: mnist, fashion-mnist, kmnist, cifar10, or digits, which needs no network.
+        data_dir: where the files are, or are to be put. It may be shared between machines.
+        batch_size: the *global* batch, which all workers share.
+        num_workers: processes that a loader fetches with. The data is in memory and fetched a batch at a time, so
+            that 0, the training process itself, is usually fastest.
+        seed: picks the validation samples and the training order (default: `seed_everything`'s, or else 0).
+        mirror: base URL to download from instead of the data set's own, for networks without internet.
+
+    Raises:
+        RequestError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        dataset: str = "mnist",
+        data_dir: str = "data",
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int | None = None,
+        mirror: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.source = sources.source_of(dataset)
+        if batch_size < 1:
+            raise RequestError(f"--batch-size {batch_size} is not possible: give a whole number of at least 1.")
+        if seed is not None and not 0 <= seed < 2**32:
+            raise RequestError(f"--data.seed {seed} is not possible: give a whole number from 0 to {2**32 - 1}.")
+        if num_workers < 0:
+            raise RequestError(f"--data.num_workers {num_workers} is not possible: give 0 or more.")
+        self.dataset, self.mirror = dataset, mirror
+        # Made absolute here, since a worker elsewhere runs in another folder.
+        self.data_dir = Path(data_dir).expanduser().absolute()
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.seed = global_seed() if seed is None else seed
+        self.save_hyperparameters(ignore=["seed"])
+        self.save_hyperparameters({"seed": self.seed})
+        self.parts: dict[str, ImageDataset] = {}
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return self.source.input_shape
+
+    @property
+    def num_classes(self) -> int:
+        """How many labels there are."""
+        return self.source.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What each label means."""
+        return self.source.class_names
+
+    def check(self, world_size: int) -> None:
+        """Finds out, before any worker starts, whether `world_size` workers can train on this.
+
+        Raises:
+            RequestError: the data cannot be had, is damaged, or cannot be shared out.
+        """
+        if self.batch_size < world_size:
+            raise RequestError(
+                f"--batch-size {self.batch_size} is the batch over all workers, and {world_size} workers cannot share "
+                f"it: use at least {world_size}."
+            )
+        self.prepare_data()
+        sizes = {part: len(data) for part, data in self._split(sources.load(self.dataset, self.data_dir)).items()}
+        if self.batch_size > sizes["train"]:
+            raise RequestError(
+                f"--batch-size {self.batch_size} is more than the {sizes['train']} training samples: use at most "
+                f"{sizes['train']}."
+            )
+        if (least := min(sizes["val"], sizes["test"])) < world_size:
+            raise RequestError(
+                f"{least} evaluation samples are fewer than the {world_size} workers: use at most {least}."
+            )
+
+    def prepare_data(self) -> None:
+        """Fetches the files unless they are there; Lightning calls it once on each node."""
+        download.prepare(self.dataset, self.data_dir, self.mirror)
+
+    def setup(self, stage: str) -> None:
+        """Reads the data and splits it, the same way on every worker."""
+        if not self.parts:
+            self.parts = self._split(sources.load(self.dataset, self.data_dir))
+
+    def _split(self, data: sources.Images) -> dict[str, ImageDataset]:
+        order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(self.seed))
+        val, train = order.tensor_split([len(order) // 5])
+        return {
+            "train": ImageDataset(data.train_images[train], data.train_labels[train]),
+            "val": ImageDataset(data.train_images[val], data.train_labels[val]),
+            "test": ImageDataset(data.test_images, data.test_labels),
+        }
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Global batches; the last one of an epoch is left out if it is not full."""
+        order = EpochOrder(len(self.parts["train"]), self.seed)
+        return self._loader("train", batch_size=self.batch_size, sampler=order, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The validation set."""
+        return self._loader("val", batch_size=max(EVALUATION_BATCH, self.batch_size))
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """The test set."""
+        return self._loader("test", batch_size=max(EVALUATION_BATCH, self.batch_size))
+
+    predict_dataloader = test_dataloader
+
+    def _loader(self, part: str, **options: Any) -> DataLoader[Batch]:
+        return DataLoader(self.parts[part], collate_fn=together, num_workers=self.num_workers, **options)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Scales the images on the device, where it is cheap: uint8 travels, float32 in [0, 1] arrives."""
+        images, labels = batch
+        images = images.float().div(255)
+        # Lightning has given the batch its precision's type before, when the images were whole numbers.
+        return (self.trainer.precision_plugin.convert_input(images) if self.trainer else images), labels

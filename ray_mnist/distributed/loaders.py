@@ -1,0 +1,355 @@
+"""The loaders that Lightning trains and evaluates with: the user's, sharded among the workers."""
+
+import copy
+import io
+import pickle
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count, islice
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.data import sized_len
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning import Callback
+from pytorch_lightning.utilities import CombinedLoader
+from pytorch_lightning.utilities.data import extract_batch_size
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from ray_mnist.distributed.sharding import (
+    CollateShard,
+    EpochPass,
+    SeededDataset,
+    ShardBatches,
+    ShardedBatchSampler,
+    ShardedStream,
+    WorkerInit,
+    round_robin,
+    seed_generators,
+    shard_evaluation,
+    shard_training,
+)
+from ray_mnist.errors import RequestError
+
+BatchSlice = tuple[int, int | None, int]
+
+
+class ResumableLoader:
+    """A loader whose place in the training is Lightning's: it begins where the run stands, in a resumed epoch too.
+
+    What is drawn on the way to a batch is a function of the seed and the batch's place in the training. Attributes
+    that are not its own are those of the user's `loader`.
+
+    Args:
+        loader: any iterable over batches.
+        seed: of all that is drawn.
+        position: gives the epoch, counted from 0, and the batch to begin with.
+        number: tells several loaders of a model apart, which then do not draw the same.
+        training: whether it is trained on. Lightning then goes through it again within an epoch where another loader
+            is longer, and `weights` are kept.
+        batch_slice: which of the batches are handed out, as (first, stop, step).
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        seed: int,
+        position: Callable[[], tuple[int, int]],
+        number: int = 0,
+        training: bool = False,
+        batch_slice: BatchSlice = (0, None, 1),
+    ) -> None:
+        self.loader, self.seed, self.position, self.batch_slice = loader, seed, position, batch_slice
+        self.training, self.draws = training, (seed, number)
+        self.source = loader  # what is iterated over
+        self.epoch_pass: EpochPass = (0, 0)
+        self.start = 0  # the batch that the next time through begins with
+        self.ended = False
+        self.samples = 0  # handed out so far; of an evaluation, those of this one
+        self.batch = 0  # the next one's number in the epoch
+        self.weights: dict[int, float] = {}  # of the epoch's batches not yet trained on, by their numbers
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # which a copy in the making does not have yet
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    @property
+    def _iterator(self) -> Any:
+        """The persistent loader workers, which Lightning ends when it is done with them."""
+        return getattr(self.source, "_iterator", None)
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        if isinstance(self.source, DataLoader):
+            self.source._iterator = iterator
+
+    def __len__(self) -> int:
+        return sliced_length(self.batch_slice, len(self.loader))
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, batch = self.position()
+        if not self.training:
+            self.samples = 0
+        if not (self.training and self.ended and epoch == self.epoch_pass[0]):
+            self.epoch_pass, self.start, self.batch = (epoch, 0), batch, batch
+        self.ended = False
+        seed_generators(self.draws, *self.epoch_pass)
+        first, batches = self._begin()
+        for number in count(first):
+            seed_generators(self.draws, *self.epoch_pass, number)
+            found = next(batches, None)
+            if found is None:
+                break
+            if number < self.start:
+                continue
+            samples, weight, batch = found
+            self.samples += samples
+            if self.training:
+                self.weights[self.batch] = weight
+            self.batch += 1
+            yield batch
+        self._end()
+
+    def _begin(self) -> tuple[int, Iterator[tuple[int, float, Any]]]:
+        """The batches, with the number of the first of them; those before `start` do not count."""
+        return 0, ((batch_size_of(batch), 1.0, batch) for batch in islice(self.source, *self.batch_slice))
+
+    def _end(self) -> None:
+        """Gets ready for another time through in this epoch, of which a resumed run has some behind it."""
+        size = sized_len(self) if self.start else None
+        behind, self.start = divmod(self.start - size, size) if size and self.start > size else (0, 0)
+        self.epoch_pass, self.ended = (self.epoch_pass[0], self.epoch_pass[1] + 1 + behind), True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What cuts an epoch up into batches. Where in the epoch the run stands is for Lightning to keep."""
+        return {"batch_size": getattr(self.loader, "batch_size", None), "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compares.
+
+        Raises:
+            RequestError: the run resumes inside an epoch that it would now cut up differently.
+        """
+        for name, now in self.state_dict().items():
+            if now != state.get(name, now) and self.position()[1]:
+                raise RequestError(
+                    f"The checkpoint was taken inside an epoch with {name} {state[name]}, which {name} {now} would "
+                    "cut up differently: resume with the same value."
+                )
+
+
+class ShardedLoader(ResumableLoader):
+    """Hands out this rank's shard of each batch of a DataLoader.
+
+    Args:
+        shard_batches: which part of the batches is this rank's.
+        length: how many shards there are where the user's loader has so many batches; None has them counted.
+        **options: as for `ResumableLoader`.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        seed: int,
+        position: Callable[[], tuple[int, int]],
+        shard_batches: ShardBatches,
+        length: Callable[[int], int] | None,
+        **options: Any,
+    ) -> None:
+        super().__init__(loader, seed, position, **options)
+        self.length = length
+        # A copy has the user's class and arguments; what guards its attributes is meant for a loader in use.
+        self.source = copy.copy(loader)
+        self.source.worker_init_fn = WorkerInit(loader.worker_init_fn)
+        # Shares and batches go in step, and the copy has loader workers of its own.
+        vars(self.source).update(in_order=True, _iterator=None)
+        self.shards: ShardedBatchSampler | ShardedStream
+        if isinstance(loader.dataset, IterableDataset):
+            self.shards = ShardedStream(loader, shard_batches, self.draws)
+            vars(self.source).update(dataset=self.shards, batch_size=None, batch_sampler=None)
+            self.source.collate_fn = CollateShard(loader.collate_fn)
+        else:
+            own: Any = loader.batch_sampler
+            self.shards = ShardedBatchSampler(own, shard_batches, self.draws)
+            # Lightning's sampler for prediction tells writers which samples a batch is made of.
+            sampler = type(own)(self.shards) if hasattr(own, "seen_batch_indices") else self.shards
+            vars(self.source).update(dataset=SeededDataset(loader.dataset, self.draws), batch_sampler=sampler)
+            self.batch_sampler = sampler
+
+    def __len__(self) -> int:
+        size = len(self.loader)  # a TypeError for one that is without end
+        if self.length:
+            return self.length(size)
+        assert isinstance(self.shards, ShardedBatchSampler)
+        return sum(1 for _ in self.shards.shards())
+
+    def _begin(self) -> tuple[int, Iterator[tuple[int, float, Any]]]:
+        if isinstance(self.shards, ShardedStream):
+            self.shards.begin(self.epoch_pass)
+            return 0, iter(self.source)
+        self.shards.begin(self.epoch_pass, self.start)
+        drawn = self.shards.drawn
+        # zip would take a batch's shard before the batch, when it may not have been drawn.
+        batches = ((shard.samples, shard.weight, batch) for batch in iter(self.source) for shard in [drawn.popleft()])
+        return self.start, batches
+
+
+def sliced_length(batch_slice: BatchSlice, batches: int) -> int:
+    """How many of so many batches are handed out."""
+    return len(range(*slice(*batch_slice).indices(batches)))
+
+
+def batch_size_of(batch: Any) -> int:
+    """How many samples are in a batch; 0 where Lightning cannot tell."""
+    try:
+        return extract_batch_size(batch)
+    except MisconfigurationException:
+        return 0
+
+
+def shard_loaders(trainer: pl.Trainer, seed: int, presharded: bool) -> None:
+    """Has each of the trainer's loaders sharded among its workers, or left `presharded` but for where it begins."""
+    strategy: Any = trainer.strategy
+    process, limit = strategy.process_dataloader, trainer.limit_predict_batches
+    trainer.limit_predict_batches = 1.0  # the limit is for all workers together, and kept here
+    seen: Counter[Any] = Counter()
+
+    def process_sharded(loader: Any) -> Any:
+        where = trainer.state.stage, trainer.current_epoch  # so that reloaded loaders have the numbers they had
+        seen[where] += 1
+        return process(shard_loader(trainer, loader, seed, presharded, limit, seen[where] - 1))
+
+    strategy.process_dataloader = process_sharded
+
+
+def shard_loader(
+    trainer: pl.Trainer, loader: Any, seed: int, presharded: bool, limit: int | float, number: int = 0
+) -> ResumableLoader:
+    """What this rank has of `loader`, the `number`th of its kind.
+
+    Raises:
+        RequestError: it cannot be shared out.
+    """
+    rank, world_size, training = trainer.global_rank, trainer.world_size, trainer.training
+    loader = (
+        loader.loader if isinstance(loader, ResumableLoader) else loader
+    )  # of an earlier trainer, in a CombinedLoader
+
+    def position() -> tuple[int, int]:
+        return training_position(trainer) if training else (trainer.current_epoch, 0)
+
+    options: dict[str, Any] = {"seed": seed, "position": position, "number": number, "training": training}
+    batch_slice: BatchSlice = (0, None, 1)
+    if trainer.predicting:
+        batch_slice = (0, limit if isinstance(limit, int) else limit_of(limit, loader), 1)
+    batched = isinstance(loader, DataLoader) and (loader.batch_sampler is not None or loader.batch_size is not None)
+    stream = batched and isinstance(loader.dataset, IterableDataset)
+    if (
+        presharded
+        or has_distributed_sampler(loader)
+        or (stream and not same_on_all_ranks(loader.dataset, world_size, seed))
+    ):
+        return ResumableLoader(loader, batch_slice=batch_slice, **options)  # the user's own code shards it
+    if trainer.predicting:
+        batch_slice = (rank, batch_slice[1], world_size)
+        if stream or not batched:
+            return ResumableLoader(loader, batch_slice=batch_slice, **options)
+        shard_batches: ShardBatches = partial(round_robin, batch_slice=batch_slice)
+        return ShardedLoader(loader, shard_batches=shard_batches, length=partial(sliced_length, batch_slice), **options)
+    if not batched:
+        if world_size == 1:
+            return ResumableLoader(loader, **options)
+        raise RequestError(
+            f"{describe(loader)} hands out finished batches, which {world_size} workers cannot share: use a DataLoader "
+            "with a batch_size, or share the data out yourself and give Trainer use_distributed_sampler=False."
+        )
+    if training and loader.batch_size and loader.batch_size < world_size:
+        raise RequestError(
+            f"batch_size={loader.batch_size} is the batch over all workers, and {world_size} workers cannot share it: "
+            f"use at least {world_size}."
+        )
+    shard_batches = partial(shard_training if training else shard_evaluation, rank=rank, world_size=world_size)
+    return ShardedLoader(
+        loader, shard_batches=shard_batches, length=int if training or stream or world_size == 1 else None, **options
+    )
+
+
+def has_distributed_sampler(loader: Any) -> bool:
+    """Whether the user's own sampler gives each rank a shard."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    return any(isinstance(getattr(each, "sampler", None), DistributedSampler) for each in (loader, batch_sampler))
+
+
+def limit_of(limit: float, loader: Any) -> int | None:
+    """So many batches are the part `limit` of the loader's; None where that is all of them."""
+    return None if limit == 1.0 else int(len(loader) * limit)
+
+
+def describe(loader: Any) -> str:
+    """Such as `A DataLoader with batch_size=None`."""
+    return f"A {type(loader).__name__}{' with batch_size=None' if isinstance(loader, DataLoader) else ''}"
+
+
+def same_on_all_ranks(stream: IterableDataset[Any], world_size: int, seed: int) -> bool:
+    """Whether all ranks get the same samples from the stream, which then has not been shared out yet."""
+    if world_size == 1:
+        return True
+    with isolate_rng(include_cuda=False):
+        seed_generators(seed)
+        first = io.BytesIO()
+        ByValue(first).dump(list(islice(stream, 2 * world_size)))
+    found: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(found, zlib.crc32(first.getvalue()))
+    return len(set(found)) == 1
+
+
+class ByValue(pickle.Pickler):
+    """Pickles equal tensors to equal bytes: pickle's own have addresses in them, and what they are only a part of."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        """A tensor's values, wherever in a sample it is."""
+        return (torch.tensor, (obj.tolist(),)) if isinstance(obj, torch.Tensor) else NotImplemented
+
+
+def training_position(trainer: pl.Trainer) -> tuple[int, int]:
+    """The epoch, counted from 0, and the batch that the run stands at."""
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return epoch.processed, batch.processed if epoch.ready > epoch.processed else 0
+
+
+def resumable_loaders(loaders: Any) -> list[ResumableLoader]:
+    """Those in one of the trainer's `train_dataloader`, `val_dataloaders` and so on."""
+    return [loader for loader in CombinedLoader(loaders).flattened if isinstance(loader, ResumableLoader)]
+
+
+def samples_seen(loaders: Any) -> int:
+    """How many samples this rank has had of them: in the training so far, or in this evaluation."""
+    return sum(loader.samples for loader in resumable_loaders(loaders))
+
+
+class LossWeighting(Callback):
+    """Weighs this rank's loss by its shard of the global batch, where shards are not equal.
+
+    The mean of the workers' gradients, each of a mean over a shard, is then the gradient of the mean over the batch.
+    """
+
+    weight = 1.0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Looks up the batch's weight."""
+        found = [loader.weights.pop(batch_idx, None) for loader in resumable_loaders(trainer.train_dataloader)]
+        weights = [weight for weight in found if weight is not None]
+        self.weight = sum(weights) / len(weights) if weights else 1.0
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        """Has the gradient weighed as it sets out from the loss."""
+        if self.weight != 1.0:
+            loss.register_hook(lambda gradient: gradient * self.weight)

@@ -1,0 +1,237 @@
+"""Which sample goes to which worker, and when: shards the batches of any DataLoader.
+
+A loader's batch is the *global* batch: every worker draws the same batches in the same order, and takes its shard of
+each. What is drawn (the order, a sample's augmentation) is a function of the seed and the position in the
+training alone.
+"""
+
+import random
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
+
+from ray_mnist.errors import RequestError
+
+ShardBatches = Callable[[Iterator[list[Any]]], Iterator["Shard"]]
+EpochPass = tuple[int, int]  # the epoch, and how often the loader has been gone through in it before
+
+
+@dataclass
+class Shard:
+    """One worker's part of a global batch.
+
+    `items` are pairs of index and position in the epoch, or the samples themselves where they come as a stream.
+
+    `samples` of the items count. `weight` is what makes the mean of the workers' mean losses the global batch's.
+    """
+
+    items: list[Any]
+    samples: int
+    weight: float
+
+
+def shard_training(batches: Iterable[list[Any]], rank: int, world_size: int) -> Iterator[Shard]:
+    """For training: a shard of each batch, and where a batch is too small for all, a sample that weighs nothing."""
+    for batch in batches:
+        mine = batch[rank::world_size]
+        yield Shard(mine or batch[:1], len(mine), len(mine) * world_size / len(batch))
+
+
+def shard_evaluation(batches: Iterable[list[Any]], rank: int, world_size: int) -> Iterator[Shard]:
+    """For evaluation: every sample once, and equally many shards on all ranks, none of them empty.
+
+    Models whose metrics meet at every step would otherwise wait for a rank that has no batch left. Batches too small
+    for all ranks are joined to their neighbours.
+
+    Raises:
+        RequestError: there are fewer samples than ranks.
+    """
+    ready: list[Any] = []
+    small: list[Any] = []
+    for batch in batches:
+        small = small + batch
+        if len(small) >= world_size:
+            if ready:
+                yield from shard_training([ready], rank, world_size)
+            ready, small = small, []
+    ready = ready + small
+    if 0 < len(ready) < world_size:
+        raise RequestError(
+            f"{len(ready)} evaluation samples are fewer than the {world_size} workers: use at most {len(ready)}."
+        )
+    if ready:
+        yield from shard_training([ready], rank, world_size)
+
+
+def round_robin(batches: Iterable[list[Any]], batch_slice: tuple[int, int | None, int]) -> Iterator[Shard]:
+    """For prediction: whole batches in turn, so that each prediction is what it would have been on one worker."""
+    for batch in islice(batches, *batch_slice):
+        yield Shard(batch, len(batch), 1.0)
+
+
+def interleave(per_rank: Sequence[Sequence[Any]]) -> list[Any]:
+    """Undoes `round_robin`: what each rank made of its batches, in the order of the batches."""
+    return [rank[turn] for turn in range(max(map(len, per_rank))) for rank in per_rank if turn < len(rank)]
+
+
+def seed_generators(*state: object) -> None:
+    """Makes what is drawn from here on, on the CPU, a function of `state` alone."""
+    seed = zlib.crc32(repr(state).encode())
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+class SeededIndices(list[Any]):
+    """The indices of a shard, with where in the training each of them is drawn."""
+
+    def __init__(self, items: Sequence[tuple[Any, int]], epoch_pass: EpochPass) -> None:
+        super().__init__(index for index, _ in items)
+        self.seed_keys = [(*epoch_pass, "sample", position) for _, position in items]
+
+
+class ShardedBatchSampler:
+    """A batch sampler: this rank's shard of each batch of the user's sampler."""
+
+    def __init__(self, sampler: Iterable[Any], shard_batches: ShardBatches, seed: object) -> None:
+        self.sampler, self.shard_batches, self.seed = sampler, shard_batches, seed
+        self.epoch_pass: EpochPass = (0, 0)
+        self.start = 0
+        self.drawn: deque[Shard] = deque()
+        self.parts = [sampler, getattr(sampler, "sampler", None)]
+        own = {getattr(part, "generator", None) for part in self.parts}
+        self.generators = [each for each in own if isinstance(each, torch.Generator)]
+
+    def begin(self, epoch_pass: EpochPass, start: int) -> None:
+        """Has it go through `epoch_pass` next, from batch `start` on."""
+        self.epoch_pass, self.start = epoch_pass, start
+
+    def __iter__(self) -> Iterator[SeededIndices]:
+        self.drawn.clear()
+        for shard in islice(self.shards(), self.start, None):
+            self.drawn.append(shard)
+            yield SeededIndices(shard.items, self.epoch_pass)
+
+    def shards(self) -> Iterator[Shard]:
+        """All of them."""
+        return self.shard_batches(self._batches())
+
+    def _batches(self) -> Iterator[list[Any]]:
+        epoch, again = self.epoch_pass
+        for part in self.parts:
+            # Lightning does so too, but in a resumed epoch it may have asked for the first batch before.
+            if set_epoch := getattr(part, "set_epoch", None):
+                set_epoch(epoch)
+        # The user's generators would go on where the last epoch ended, which a resumed run cannot know.
+        # Of a seed only the lower 32 bits count.
+        seeds = [(each.initial_seed() + epoch + (again << 20)) % 2**64 for each in self.generators]
+        states = [torch.Generator().manual_seed(seed).get_state() for seed in seeds]
+        batches: Iterator[Any] | None = None
+        position = 0
+        for number in count():
+            with isolate_rng(include_cuda=False):
+                seed_generators(self.seed, *self.epoch_pass, "indices", number)
+                as_found = swap_states(self.generators, states)
+                batches = iter(self.sampler) if batches is None else batches
+                batch = next(batches, None)
+                states = swap_states(self.generators, as_found)
+            if batch is None:
+                return
+            indices = batch.tolist() if isinstance(batch, torch.Tensor | np.ndarray) else list(batch)
+            yield [(index, position + i) for i, index in enumerate(indices)]
+            position += len(indices)
+
+
+def swap_states(generators: list[torch.Generator], states: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gives the generators these states; those that they had until now."""
+    had = [generator.get_state() for generator in generators]
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+    return had
+
+
+class SeededDataset(Dataset[Any]):
+    """The user's map-style data set; what a sample draws is a function of the seed and its place in the training.
+
+    Where the data set fetches many samples at once, it is what they draw together.
+    """
+
+    def __init__(self, dataset: Any, seed: object) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitems__(self, indices: SeededIndices) -> Any:
+        if fetches_batches(self.dataset):
+            seed_generators(self.seed, *indices.seed_keys)
+            return self.dataset.__getitems__(list(indices))
+        return [self._sample(index, epoch_pass) for index, epoch_pass in zip(indices, indices.seed_keys, strict=True)]
+
+    def _sample(self, index: Any, epoch_pass: tuple[object, ...]) -> Any:
+        seed_generators(self.seed, *epoch_pass)
+        return self.dataset[index]
+
+
+def fetches_batches(dataset: Any) -> bool:
+    """Whether a data set has a way of its own to fetch many samples: a Subset only hands on what it is a part of."""
+    while isinstance(dataset, Subset) and type(dataset).__getitems__ is Subset.__getitems__:
+        dataset = dataset.dataset
+    return callable(getattr(dataset, "__getitems__", None))
+
+
+class ShardedStream(IterableDataset[Shard]):
+    """The user's stream of samples, cut into global batches and shared out."""
+
+    def __init__(self, loader: DataLoader[Any], shard_batches: ShardBatches, seed: object) -> None:
+        self.dataset, self.batch_size, self.drop_last = loader.dataset, loader.batch_size, loader.drop_last
+        self.shard_batches, self.seed = shard_batches, seed
+        # A persistent loader worker has a copy of all but this.
+        self.epoch_pass = torch.zeros(2, dtype=torch.int64).share_memory_()
+
+    def begin(self, epoch_pass: EpochPass) -> None:
+        """Has it go through `epoch_pass` next."""
+        self.epoch_pass[:] = torch.tensor(epoch_pass)
+
+    def __iter__(self) -> Iterator[Shard]:
+        return self.shard_batches(self._batches(self.epoch_pass.tolist()))
+
+    def _batches(self, epoch_pass: list[int]) -> Iterator[list[Any]]:
+        worker = get_worker_info()
+        samples: Iterator[Any] | None = None
+        for number in count():
+            # What the user's collate_fn draws follows on this.
+            seed_generators(self.seed, *epoch_pass, worker.id if worker else 0, number)
+            samples = iter(self.dataset) if samples is None else samples
+            batch = list(islice(samples, self.batch_size))
+            if not batch or (self.drop_last and len(batch) < (self.batch_size or 1)):
+                return
+            yield batch
+
+
+@dataclass
+class CollateShard:
+    """Collates the samples of a shard as the user's loader does, and keeps what else there is to know of it."""
+
+    collate: Callable[[list[Any]], Any]
+
+    def __call__(self, shard: Shard) -> tuple[int, float, Any]:
+        return shard.samples, shard.weight, self.collate(shard.items)
+
+
+@dataclass
+class WorkerInit:
+    """Begins a loader worker with the user's function, which finds the user's data set where it looks for it."""
+
+    start: Callable[[int], None] | None
+
+    def __call__(self, worker_id: int) -> None:
+        worker: Any = get_worker_info()
+        object.__setattr__(worker, "dataset", worker.dataset.dataset)
+        if self.start is not None:
+            self.start(worker_id)

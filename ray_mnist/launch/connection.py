@@ -1,0 +1,118 @@
+"""Connects to a Ray cluster, and takes the working directory along."""
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+from ray_mnist.checks import preflight
+from ray_mnist.config import RunConfig
+from ray_mnist.errors import RequestError, one_line
+from ray_mnist.worker import Job
+
+
+@contextmanager
+def connect(config: RunConfig, job: Job, cpus: int = 0) -> Iterator[None]:
+    """A Ray cluster to train on: the one that this process already has, one to join, or a new local one.
+
+    Whatever was started or joined here is left again; a connection that was there stays as it was. Other machines get
+    a copy of the working directory where the job's code is in it. A new one has `cpus` logical CPUs, if not more.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = address_to_join(config.address)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+            if needs_folder(job) and on_other_machines():
+                ray.shutdown()  # a folder can be sent only as one connects
+                with environment({"RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "1"}):  # data is often what git ignores
+                    ray.init(address=address, runtime_env=folder_to_send(config), **quiet)
+        else:
+            # More workers than cores run in turns: slower, and good enough to try a run out.
+            cpus = max(os.cpu_count() or 1, config.num_workers, cpus)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if "Package size" in str(error):
+            raise RequestError(
+                f"The working directory {os.getcwd()} is too large to be sent to the other machines: start from the "
+                "project's own folder, or name in a .rayignore file what the workers do not need."
+            ) from error
+        where = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
+        raise RequestError(f"{where}: {one_line(error)}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def address_to_join(given: str | None) -> str | None:
+    """The cluster given, the environment's, or the one that this machine is part of; None if there is none.
+
+    Raises:
+        RequestError: no Ray head answers there.
+    """
+    logging.getLogger("ray").setLevel(logging.ERROR)  # Ray's import has set its loggers up anew
+    # What `ray start` does, and `ray.init` for a cluster it finds itself: show the token if this user has one.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    address = given or os.environ.get("RAY_ADDRESS") or preflight.this_machines_cluster()
+    if address:
+        preflight.check_address(address)
+    return address
+
+
+def needs_folder(job: Job) -> bool:
+    """Whether the job's code is in the working directory, and may expect files there, unless a Ray job brought it."""
+    if "working_dir" in ray.get_runtime_context().runtime_env:
+        return False
+    classes = {type(item).__module__ for item in (job.model, *job.data.values(), *job.callbacks_and_loggers)}
+    theirs = {name for name in classes if not name.startswith("ray_mnist.")}
+    files = (getattr(sys.modules.get(name), "__file__", None) for name in theirs)
+    here = Path.cwd()
+    return any(file and here in Path(file).resolve().parents and sys.prefix not in file for file in files)
+
+
+def on_other_machines() -> bool:
+    """Whether the cluster has a node that is not on this machine."""
+    return any(node["Alive"] and node["NodeManagerHostname"] != socket.gethostname() for node in ray.nodes())
+
+
+def folder_to_send(config: RunConfig) -> dict[str, Any]:
+    """Ray's description of the working directory, without what every machine has or makes for itself."""
+    return {"working_dir": os.getcwd(), "excludes": [".git", ".venv*", "__pycache__", f"/{config.storage_path}"]}
+
+
+def this_folder() -> tuple[str, str, int, int]:
+    """The working directory, and what tells whether a folder of that path on another machine is the same one."""
+    return os.getcwd(), socket.gethostname(), os.stat(".").st_ino, os.stat(".").st_mtime_ns
+
+
+def go_to(folder: tuple[str, str, int, int]) -> None:
+    """Changes to the driver's working directory where it is to be had: on its machine, or mounted on several."""
+    path, host, *identity = folder
+    if os.path.isdir(path):
+        there = os.stat(path)
+        if socket.gethostname() == host or [there.st_ino, there.st_mtime_ns] == identity:
+            os.chdir(path)
+
+
+@contextmanager
+def environment(defaults: dict[str, str]) -> Iterator[None]:
+    """Sets the variables that are not set, for the time of the `with`."""
+    added = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]

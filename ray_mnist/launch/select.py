@@ -1,0 +1,85 @@
+"""Picks where a run goes to, and checks that it can start there."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.nn.parameter import is_lazy
+
+from ray_mnist.checks import preflight
+from ray_mnist.cli import console
+from ray_mnist.config import RunConfig
+from ray_mnist.worker import Job
+
+Launch = Callable[[], Any]
+Prepared = Iterator[tuple[str, Launch]]
+
+
+@contextmanager
+def prepare(job: Job, config: RunConfig) -> Prepared:
+    """Checks that the run can start where it is to run; gives the words for where, and the call that runs."""
+    # Best, newest and the one being written.
+    needed_bytes = 3 * 3 * sum(weight.nbytes for weight in job.model.parameters() if not is_lazy(weight)) + 1_000_000
+    preflight.check_storage(job.folder, needed_bytes)
+    if config.tpu_cores:
+        yield from on_tpu(job, config)
+    elif config.num_workers:
+        yield from on_ray(job, config)
+    else:
+        yield from here(job, config)
+
+
+def here(job: Job, config: RunConfig) -> Prepared:
+    """In this process."""
+    from ray_mnist.launch import local
+
+    local.check(config.use_gpu)
+    context = local.LocalContext(job, config.use_gpu)
+    yield f"this process, on {'GPU' if config.use_gpu else 'CPU'}", lambda: local.launch(job, context)
+
+
+def on_ray(job: Job, config: RunConfig) -> Prepared:
+    """On workers that Ray Train starts."""
+    from ray_mnist.launch import connection, ray
+
+    check_serializable_job(job)
+    with connection.connect(config, job):
+        cluster = preflight.check_resources(
+            config.num_workers, ray.bundle(config), preflight.WAIT_FOR_NODES_S, console.say
+        )
+        preflight.check_shared_storage(job.folder, cluster)
+        workers = f"{config.num_workers} worker{'s' if config.num_workers > 1 else ''}"
+        yield f"{workers} on {'GPU' if config.use_gpu else 'CPU'}, Ray {cluster}", lambda: ray.launch(job, config)
+
+
+def on_tpu(job: Job, config: RunConfig) -> Prepared:
+    """On this TPU host, or on the hosts of a TPU slice in a Ray cluster; `Trainer` has checked what they need."""
+    from ray_mnist.launch import connection, tpu
+
+    cores = f"{config.tpu_cores} TPU core{'s' if config.tpu_cores > 1 else ''}, Lightning's XLA trainer"
+    if config.tpu_cores > 1:
+        check_serializable_job(job)
+    if not tpu.on_cluster(config):
+        from ray_mnist.launch import xla
+
+        yield cores, lambda: xla.launch(job, config.tpu_cores)
+        return
+    from ray_mnist.launch import pod
+
+    wait_s = preflight.WAIT_FOR_NODES_S
+    with connection.connect(config, job), pod.reserved(config.tpu_cores, wait_s, console.say) as hosts:
+        cluster = preflight.Cluster.current()
+        preflight.check_shared_storage(job.folder, cluster)
+        on_hosts = f"on {hosts.num_hosts} host{'s' if hosts.num_hosts > 1 else ''}"
+        yield f"{cores} {on_hosts}, Ray {cluster}", lambda: pod.launch(job, hosts)
+
+
+def check_serializable_job(job: Job) -> None:
+    """Raises RequestError unless the job can be sent to other processes."""
+    from ray_mnist.distributed.serialization import check_serializable
+
+    if "datamodule" in job.data:
+        job.data["datamodule"].trainer = None  # of a run before, in this process
+    check_serializable(
+        model=job.model, **job.data, callbacks_and_loggers=job.callbacks_and_loggers, plugins=job.lightning["plugins"]
+    )

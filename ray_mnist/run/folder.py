@@ -1,0 +1,151 @@
+"""The run folder: checkpoints, metrics and result, in a local folder or in an object store."""
+
+import os
+import posixpath
+import shutil
+import tempfile
+import uuid
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+
+from ray_mnist.errors import RequestError, one_line
+
+CHECKPOINT = "checkpoint.ckpt"
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of the checkpoint taken after `step` optimizer steps; names sort as steps do."""
+    return f"checkpoint_{step:09d}"
+
+
+class RunFolder:
+    """`<storage_path>/<name>/`, wherever pyarrow can write: a local path, s3://, gs://.
+
+    Raises:
+        RequestError: nothing here can write to such a storage path.
+    """
+
+    def __init__(self, storage_path: str, name: str) -> None:
+        if "://" not in storage_path:
+            storage_path = str(Path(storage_path).expanduser().absolute())
+        self.storage_path, self.name = storage_path, name
+        try:
+            self.fs, root = pyarrow.fs.FileSystem.from_uri(storage_path)
+        except (OSError, ValueError) as error:
+            raise RequestError(f"--storage-path {storage_path} cannot be used: {one_line(error)}") from error
+        self.path = posixpath.join(root, name)
+
+    def __str__(self) -> str:
+        if "://" in self.storage_path:
+            return posixpath.join(self.storage_path, self.name)
+        short = os.path.relpath(self.path)
+        return self.path if short.startswith("..") else short
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a path on this machine (which may be a shared mount)."""
+        return isinstance(self.fs, pyarrow.fs.LocalFileSystem)
+
+    def exists(self) -> bool:
+        """Whether a run of this name was started."""
+        return self.fs.get_file_info(self.path).type != pyarrow.fs.FileType.NotFound
+
+    def has(self, file: str) -> bool:
+        """Whether `file` is in the folder."""
+        return self.fs.get_file_info(self.at(file)).type != pyarrow.fs.FileType.NotFound
+
+    def at(self, file: str) -> str:
+        """`file`'s path on `self.fs`."""
+        return posixpath.join(self.path, file)
+
+    def read(self, file: str) -> bytes:
+        """The content of `file`; FileNotFoundError if it is not there."""
+        with self.fs.open_input_stream(self.at(file)) as stream:
+            content: bytes = stream.read()
+        return content
+
+    def write(self, file: str, content: bytes | str) -> None:
+        """Writes `file` whole or not at all: a kill in between leaves what was there."""
+        self.fs.create_dir(posixpath.dirname(self.at(file)))
+        aside = self.at(f".{uuid.uuid4().hex}") if self.is_local else self.at(file)
+        with self.fs.open_output_stream(aside) as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+        if self.is_local:
+            os.replace(aside, self.at(file))
+
+    def remove(self) -> None:
+        """Deletes the whole folder."""
+        self.fs.delete_dir(self.path)
+
+    def checkpoints(self) -> list[str]:
+        """The names of the complete checkpoints, newest first."""
+        selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
+        names = [posixpath.basename(info.path) for info in self.fs.get_file_info(selector)]
+        return [name for name in sorted(names, reverse=True) if name.startswith("checkpoint_") and self._whole(name)]
+
+    def _whole(self, name: str) -> bool:
+        file = f"{name}/{CHECKPOINT}"
+        if not self.has(file):
+            return False
+        # torch writes a zip, whose directory comes last: an upload that was cut off has none.
+        with self.fs.open_input_file(self.at(file)) as stream, suppress(ValueError):  # too short for a directory
+            return zipfile.is_zipfile(stream)
+        return False
+
+    def add_checkpoint(self, source: str | Path, name: str) -> str:
+        """Copies the folder `source` in as checkpoint `name`, whole or not at all; returns its path on `self.fs`."""
+        target = self.at(name)
+        aside = self.at(f".{name}-{uuid.uuid4().hex}") if self.is_local else target
+        self.fs.create_dir(aside)
+        pyarrow.fs.copy_files(str(source), aside, destination_filesystem=self.fs)
+        if self.is_local:
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(aside, target)
+        return target
+
+    def keep_only(self, *names: str | None) -> None:
+        """Deletes every checkpoint but these, and what a kill left half-written."""
+        selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
+        for info in self.fs.get_file_info(selector):
+            name = posixpath.basename(info.path)
+            if name.startswith((".checkpoint_", "checkpoint_")) and info.is_file is False and name not in names:
+                self.fs.delete_dir(info.path)
+
+    def location(self, checkpoint: str) -> str:
+        """The path or URI of the checkpoint's file, good wherever the storage path is."""
+        return posixpath.join(self.storage_path, self.name, checkpoint, CHECKPOINT)
+
+    @contextmanager
+    def local_checkpoint(self, name: str | None) -> Iterator[str | None]:
+        """The checkpoint's file as a local path, for the time of the `with`."""
+        if name is None:
+            yield None
+        elif self.is_local:
+            yield self.at(f"{name}/{CHECKPOINT}")
+        else:
+            with fetched(self.fs, self.at(f"{name}/{CHECKPOINT}")) as path:
+                yield path
+
+
+@contextmanager
+def fetched(fs: Any, path: str) -> Iterator[str]:
+    """A local copy of a file, for the time of the `with`."""
+    with tempfile.TemporaryDirectory(prefix="ray_mnist-") as folder:
+        local = os.path.join(folder, posixpath.basename(path))
+        pyarrow.fs.copy_files(path, local, source_filesystem=fs)
+        yield local
+
+
+@contextmanager
+def local_file(location: str | None) -> Iterator[str | None]:
+    """The file at a path or URI as a local path, for the time of the `with`."""
+    if location is None or "://" not in location:
+        yield location
+    else:
+        with fetched(*pyarrow.fs.FileSystem.from_uri(location)) as path:
+            yield path

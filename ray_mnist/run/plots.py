@@ -1,0 +1,84 @@
+"""The pictures of a run: curves, confusion matrix, worst mistakes."""
+
+import io
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from sklearn.metrics import ConfusionMatrixDisplay
+
+from ray_mnist.run.folder import RunFolder
+from ray_mnist.run.outcome import Outcome, Row
+
+
+def draw(folder: RunFolder, outcome: Outcome, class_names: tuple[str, ...] | None) -> None:
+    """Writes `plots/*.png`: those for which the run has something to show."""
+    for metric in ("loss", "accuracy"):
+        if any(f"{part}_{metric}" in row for row in outcome.history for part in ("train", "val")):
+            save(folder, metric, curves(outcome.history, metric))
+    if outcome.confusion:
+        count = len(outcome.confusion)
+        # A model may tell more classes apart than the data set names.
+        names = class_names if class_names and len(class_names) == count else tuple(map(str, range(count)))
+        save(folder, "confusion", confusion(outcome.confusion, names))
+        pictures = [
+            found for found in outcome.mistakes if found["image"].ndim == 3 and len(found["image"]) in (1, 3, 4)
+        ]
+        if pictures or not outcome.mistakes:
+            save(folder, "mistakes", mistakes(pictures, names))
+
+
+def save(folder: RunFolder, name: str, figure: Figure) -> None:
+    """Writes `plots/<name>.png`."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120, bbox_inches="tight")
+    folder.write(f"plots/{name}.png", png.getvalue())
+
+
+def curves(history: list[Row], metric: str) -> Figure:
+    """`train_<metric>` and `val_<metric>`, whichever there are, over the epochs."""
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    for part in ("train", "val"):
+        name = f"{part}_{metric}"
+        if points := [(row["epoch"], row[name]) for row in history if name in row]:
+            axes.plot(
+                *zip(*points, strict=True),
+                marker="o",
+                markersize=3,
+                label={"train": "training"}.get(part, "validation"),
+            )
+    axes.set(xlabel="epoch", ylabel=metric)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def confusion(counts: list[list[int]], names: tuple[str, ...]) -> Figure:
+    """How often each label (row) was taken for which (column)."""
+    figure = Figure(figsize=(7, 6))
+    display = ConfusionMatrixDisplay(np.array(counts), display_labels=names)
+    display.plot(
+        ax=figure.subplots(), cmap="Blues", values_format="d", xticks_rotation=45 if max(map(len, names)) > 2 else 0
+    )
+    return figure
+
+
+def mistakes(found: list[dict[str, Any]], names: tuple[str, ...], columns: int = 5) -> Figure:
+    """The images that the model was surest of and wrong about."""
+    rows = max(1, -(-len(found) // columns))
+    figure = Figure(figsize=(1.6 * columns, 1.9 * rows))
+    cells = list(figure.subplots(rows, columns, squeeze=False).flat)  # `flat` alone could be gone through only once
+    for cell in cells:
+        cell.axis("off")
+    for cell, mistake in zip(cells, found, strict=False):
+        image = mistake["image"].transpose(1, 2, 0)
+        cell.imshow(image.squeeze(), cmap="gray")
+        cell.set_title(
+            f"{names[mistake['label']]} as {names[mistake['predicted']]}, {mistake['chance']:.0%}", fontsize=8
+        )
+    if not found:
+        figure.suptitle("no mistakes")
+    return figure

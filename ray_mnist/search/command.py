@@ -1,0 +1,86 @@
+"""The command line of the sweep, `python -m ray_mnist.tune`."""
+
+import copy
+import sys
+from dataclasses import fields
+from typing import Any
+
+import pytorch_lightning as pl
+
+from ray_mnist.cli import console
+from ray_mnist.cli.parser import Parser, instantiate, make_parser, parse, plain
+from ray_mnist.config import OPTIONS, SweepConfig, flag
+from ray_mnist.errors import RequestError
+from ray_mnist.search import space
+from ray_mnist.search.sweep import Sweep
+
+LR, BATCH_SIZE = "1e-4,1e-1", "32,64,128"
+
+
+def sweep_parser() -> Parser:
+    """Train's options and those of the search."""
+    parser = make_parser("tune", "Search for the arguments that a model trains best with.", short=False)
+    for option in fields(SweepConfig):
+        parser.add_argument(flag(option.name), type=option.type, default=option.default, help=option.metadata["help"])
+    parser.add_argument("--lr", type=str | None, help=f"range of --model.lr, drawn by its logarithm (default: {LR})")
+    parser.add_argument("--batch-size", type=str | None, help=f"choices of --data.batch_size (default: {BATCH_SIZE})")
+    parser.add_argument("--dataset", type=str | None, help="short for --data.dataset")
+    parser.add_argument(
+        "--space", type=list[str], default=[], help="KEY=VALUES of any other argument, such as model.width=64,128"
+    )
+    return parser
+
+
+def domains_of(config: Any) -> dict[str, Any]:
+    """What is searched: the learning rate and the batch size where model and data have them, and `--space`.
+
+    Raises:
+        RequestError: a range or choice cannot mean anything, or the argument is unknown.
+    """
+    written = {}
+    for name, option, default in (("model.lr", "lr", LR), ("data.batch_size", "batch_size", BATCH_SIZE)):
+        part, argument = name.split(".")
+        text = config[option]
+        if text or argument in config[part].init_args:
+            written[name] = (flag(option), text or default, option == "lr")
+    for item in config.space:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise RequestError(f"--space {item!r} is not KEY=VALUES, such as model.width=64,128.")
+        written[name] = (f"--space {name}", text, False)
+    for name in written:
+        part, _, argument = name.partition(".")
+        if part not in ("model", "data") or argument not in config[part].init_args:
+            known = ", ".join(f"{part}.{key}" for part in ("model", "data") for key in vars(config[part].init_args))
+            raise RequestError(f"--space {name}: there is no such argument, only {known}.")
+    return {name: space.parse(*arguments) for name, arguments in written.items()}
+
+
+def search() -> None:
+    """Parses the command line, sweeps, and names the winner and the sweep folder."""
+    parser = sweep_parser()
+    arguments = [f"--data.dataset{a[9:]}" if a.split("=")[0] == "--dataset" else a for a in sys.argv[1:]]
+    config = parse(parser, arguments, short=False)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    sweep_config = SweepConfig(**{option.name: config[option.name] for option in fields(SweepConfig)})
+    domains = domains_of(config)
+    whole = plain(parser, config)
+    train_only = {name: value for name, value in whole.items() if name in (*OPTIONS, "model", "data")}
+
+    def whole_config(parameters: dict[str, Any]) -> dict[str, Any]:
+        of_trial = copy.deepcopy(train_only)
+        for name, value in parameters.items():
+            part, argument = name.split(".")
+            of_trial[part]["init_args"][argument] = value
+        return of_trial
+
+    def build(parameters: dict[str, Any]) -> Any:
+        parser = make_parser("train", "")
+        return instantiate(parser, parser.parse_object(whole_config(parameters)))
+
+    options = {name: config[name] for name in OPTIONS}
+    result = Sweep(build, domains, sweep_config, whole_config, whole, **options).run()
+    values = result.values
+    console.say("best: " + "  ".join(f"{name} {value}" for name, value in values["parameters"].items()))
+    accuracy = "none" if values["test_accuracy"] is None else f"{values['test_accuracy']:.4f}"
+    console.say(f"test accuracy {accuracy}; sweep folder {result.path}, which has best_config.yaml for ray_mnist.train")

@@ -1,0 +1,180 @@
+"""One trial of a sweep: the run of `worker.fit` on one set of parameters, as Ray Tune starts, follows and stops it."""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from ray import tune
+
+from ray_mnist.config import RunConfig
+from ray_mnist.errors import TrainingError, one_line
+from ray_mnist.launch.connection import go_to
+from ray_mnist.launch.local import LocalContext
+from ray_mnist.run.folder import RunFolder
+from ray_mnist.run.outcome import Evaluation, Row
+from ray_mnist.run.records import read_metrics
+from ray_mnist.worker import Job, can_test, run
+
+POLL_S = 0.2
+STOP_S = 60  # for a training to end at its next batch
+Build = Callable[[dict[str, Any]], tuple[pl.LightningModule, pl.LightningDataModule]]
+
+
+@dataclass
+class Plan:
+    """What all trials of a sweep have in common.
+
+    `build` makes model and data module from a trial's parameters; `metric` chooses the best; `storage_path` is where
+    each trial has a run folder, named by its id.
+    """
+
+    build: Build
+    config: RunConfig
+    lightning: dict[str, Any]
+    metric: str
+    mode: str
+    storage_path: str
+    folder: tuple[str, str, int, int]
+
+    def job(self, parameters: dict[str, Any], name: str) -> Job:
+        """The training of one trial; the test set is for the winner alone."""
+        pl.seed_everything(self.config.seed, workers=True, verbose=False)
+        model, datamodule = self.build(parameters)
+        return Job(
+            task="fit",
+            model=model,
+            data={"datamodule": datamodule},
+            storage_path=self.storage_path,
+            name=name,
+            seed=self.config.seed,
+            checkpoint_every_n_steps=self.config.checkpoint_every_n_steps,
+            monitor=(self.metric, self.mode),
+            with_test=False,
+            lightning=self.lightning,
+        )
+
+
+class Stopped(Exception):
+    """The trial is to end here."""
+
+
+class StopWhenTold(pl.Callback):
+    """Ends a training at its next batch."""
+
+    def __init__(self) -> None:
+        self.told = threading.Event()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Looks whether it was told."""
+        if self.told.is_set():
+            raise Stopped
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        """Looks whether it was told."""
+        self.on_train_batch_start()
+
+
+class Trial(tune.Trainable):
+    """Trains in a thread and tells Tune of each epoch that appears in the run folder.
+
+    A lone worker is this process, which goes on to the next trial when this one ends. Several are those of a
+    TorchTrainer inside the trial's placement group.
+    """
+
+    def setup(self, config: dict[str, Any], plan: Plan) -> None:  # type: ignore[override]
+        """Starts the training, or goes on from the newest checkpoint of the trial's run folder."""
+        self.plan = plan
+        torch.set_num_threads(1)
+        go_to(plan.folder)
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Ends this training and starts the next in the same process."""
+        if self.plan.config.num_workers > 1 or not self._end():
+            return False
+        self._begin(new_config)
+        return True
+
+    def _begin(self, parameters: dict[str, Any]) -> None:
+        self.folder = RunFolder(self.plan.storage_path, self.trial_id)
+        self.told = sum(self.plan.metric in row for row in read_metrics(self.folder))
+        self.error: BaseException | None = None
+        self.stop_when_told = StopWhenTold()
+        self.thread = threading.Thread(target=self._train, args=(parameters,), daemon=True)
+        self.thread.start()
+
+    def _train(self, parameters: dict[str, Any]) -> None:
+        config = self.plan.config
+        try:
+            job = self.plan.job(parameters, self.trial_id)
+            if config.num_workers > 1:
+                from ray_mnist.launch import ray
+                from ray_mnist.search.placement import NestedTorchTrainer
+
+                ray.launch(job, config, NestedTorchTrainer)
+            else:
+                callbacks = [*job.lightning["callbacks"], self.stop_when_told]
+                job = replace(job, lightning=job.lightning | {"callbacks": callbacks})
+                run(job, LocalContext(job, config.use_gpu))
+        except Stopped:
+            pass
+        except BaseException as error:
+            self.error = error
+
+    def step(self) -> Row:
+        """Waits for the next epoch that was validated; the training itself goes on meanwhile.
+
+        Raises:
+            TrainingError: the training failed, or its metric is not a number any more.
+        """
+        while True:
+            running = self.thread.is_alive()  # before the look, so that the last epoch is not missed
+            rows = [row for row in read_metrics(self.folder) if self.plan.metric in row]
+            if len(rows) > self.told:
+                row = rows[self.told]
+                self.told += 1
+                if not math.isfinite(row[self.plan.metric]):
+                    raise TrainingError(f"diverged: {self.plan.metric} is {row[self.plan.metric]}")
+                return row | {"done": not running and len(rows) == self.told}
+            if not running:
+                if self.error:
+                    raise TrainingError(f"{type(self.error).__name__}: {one_line(self.error)}")
+                if not rows:
+                    raise TrainingError(f"the training never logged {self.plan.metric}")
+                return rows[-1] | {"done": True}
+            time.sleep(POLL_S)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Nothing: the run folder has all that the trial needs to go on."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Nothing: see `save_checkpoint`."""
+
+    def cleanup(self) -> None:
+        """Ends the training; where it has workers, they end with this process."""
+        self._end()
+
+    def _end(self) -> bool:
+        """Whether the training has ended."""
+        self.stop_when_told.told.set()
+        if self.plan.config.num_workers <= 1:
+            self.thread.join(STOP_S)
+        return not self.thread.is_alive()
+
+
+def test_winner(plan: Plan, parameters: dict[str, Any], checkpoint: str) -> list[dict[str, float]]:
+    """The test metrics of a trial's checkpoint, one dictionary a loader, on one worker; none if there is no test."""
+    go_to(plan.folder)
+    torch.set_num_threads(1)
+    job = replace(plan.job(parameters, ""), task="test", checkpoint=checkpoint, weights_only=False, with_test=True)
+    if not can_test(job):
+        return []
+    tested = run(job, LocalContext(job, plan.config.use_gpu))
+    assert isinstance(tested, Evaluation)
+    return tested.metrics

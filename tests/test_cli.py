@@ -1,0 +1,409 @@
+"""What a person can type: every option works, and whatever is wrong is one sentence, status 2 and nothing left."""
+
+import dataclasses
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from conftest import wait_until
+
+from ray_mnist import train
+from ray_mnist.cli import console, parser
+from ray_mnist.config import RunConfig, flag
+from ray_mnist.data import download
+from ray_mnist.data.sources import MNIST_FILES
+from ray_mnist.run.folder import RunFolder
+from ray_mnist.run.records import read_metrics
+
+DIGITS = ["--dataset", "digits"]
+Outcome = tuple[int, str, str]
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`python -m ray_mnist.train <arguments>` in this process, in the folder `tmp_path`: (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # put back afterwards: every run sets them
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("no_proxy", "*")
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["train", *arguments])
+        capsys.readouterr()
+        return console.exit_status(train.train), *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def parse() -> Callable[..., Any]:
+    """The configuration that these arguments give."""
+    return lambda *arguments: parser.parse(parser.make_parser("train", ""), arguments)
+
+
+@pytest.fixture
+def dead_port() -> int:
+    """A port where nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def everything_in(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def assert_refused(outcome: Outcome, *words: str) -> None:
+    status, out, err = outcome
+    assert (status, out) == (2, ""), err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert not [word for word in words if word not in err], err
+
+
+# Bad input
+
+HELP = "--help"
+REFUSED = {
+    "unknown option": (["--nope"], ["--nope", HELP]),
+    "workers -1": (["--num-workers", "-1"], ["--num-workers -1", "at least 0"]),
+    "workers x": (["--num-workers", "x"], ["--num-workers", "x", "int", HELP]),
+    "no epochs": (["--max-epochs", "0"], ["--max-epochs 0", "at least 1"]),
+    "seed -1": (["--seed", "-1"], ["--seed -1", "at least 0"]),
+    "seed too large": (["--seed", "4294967296"], ["--seed 4294967296", "at most 4294967295"]),
+    "failures -1": (["--max-failures", "-1"], ["--max-failures -1", "at least 0"]),
+    "checkpoint every 0": (["--checkpoint-every-n-steps", "0"], ["--checkpoint-every-n-steps 0", "at least 1"]),
+    "batch 0": (["--batch-size", "0"], ["--batch-size 0", "at least 1"]),
+    "batch x": (["--batch-size", "x"], ["--data.batch_size", "x", "int", HELP]),
+    "batch beyond the data": (["--batch-size", "1152"], ["--batch-size 1152", "use at most 1151"]),
+    "lr nan": (["--lr", "nan"], ["--model.lr", "nan", "float", HELP]),
+    "lr -1": (["--lr", "-1"], ["--lr -1.0", "positive"]),
+    "unknown schedule": (["--model.schedule", "x"], ["--model.schedule", "x", "cosine"]),
+    "unknown data set": (["--dataset", "minst"], ["--dataset minst", "mnist, fashion-mnist, kmnist, cifar10, digits"]),
+    "unknown class": (["--model", "Nope"], ["--model Nope", "SimpleModel, ConvModel", "pkg.module.Class"]),
+    "unknown package": (["--model", "nopkg.Nope"], ["--model nopkg.Nope", "No module named 'nopkg'", HELP]),
+    "no LightningModule": (["--model", "torch.nn.Linear"], ["--model torch.nn.Linear", "LightningModule", HELP]),
+    "no data module": (["--data", "torch.nn.Linear"], ["--data torch.nn.Linear", "LightningDataModule", HELP]),
+    "unknown model argument": (["--model.nope", "3"], ["--model", "'nope'", HELP]),
+    "unknown data argument": (["--data.nope", "3"], ["--data", "'nope'", HELP]),
+    "too few classes": (["--model.num_classes", "9"], ["--model.num_classes 9", "10", "leave it out"]),
+    "precision": (["--precision", "nonsense"], ["'nonsense'", "32-true", "bf16-mixed"]),
+    "storage below a file": (["--storage-path", "file/below"], ["--storage-path", "file/below", "another folder"]),
+    "storage in /proc": (["--storage-path", "/proc/runs"], ["--storage-path /proc/runs", "another folder"]),
+    "storage of unknown kind": (["--storage-path", "nope://x"], ["--storage-path nope://x"]),
+    "data below a file": (["--dataset", "mnist", "--data.data_dir", "file/below"], ["file/below", "--data.data_dir"]),
+    "mirror that is no URL": (["--dataset", "mnist", "--data.mirror", "host"], ["'host'", "--data.mirror http://"]),
+    "resume what": (["--resume"], ["--resume", "--name"]),
+    "resume nothing": (["--resume", "--name", "nothing"], ["--resume", "runs/nothing", "no run in"]),
+    "existing name": (["--storage-path", "old", "--name", "run"], ["old/run", "--resume", "another --name"]),
+    "name with a slash": (["--name", "a/b"], ["--name 'a/b'", "leave out '/'"]),
+    "empty name": (["--name", ""], ["--name ''", "cannot be a folder's name"]),
+    "broken YAML": (["--config", "broken.yaml"], ["broken.yaml", "line 1", HELP]),
+    "unknown key": (["--config", "unknown.yaml"], ["'nope'", HELP]),
+    "no mapping": (["--config", "list.yaml"], ["list.yaml", HELP]),
+    "missing file": (["--config", "missing.yaml"], ["missing.yaml", "does not exist", HELP]),
+    "GPU and TPU": (["--use-gpu", "--tpu-cores", "8"], ["--use-gpu", "--tpu-cores", "drop one"]),
+    "workers and TPU": (["--num-workers", "2", "--tpu-cores", "8"], ["--num-workers", "--tpu-cores", "drop one"]),
+    "address": (["--num-workers", "1", "--address", "nonsense"], ["--address nonsense", "HOST:PORT"]),
+    "port too large": (["--num-workers", "1", "--address", "h:65536"], ["--address h:65536", "HOST:PORT"]),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_one_sentence(run: Run, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "old/run").mkdir(parents=True)
+    (tmp_path / "broken.yaml").write_text("seed: [1\n")
+    (tmp_path / "unknown.yaml").write_text("nope: 3\n")
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    before = everything_in(tmp_path)
+    assert_refused(run(*DIGITS, *arguments), *words)
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_here(run: Run, tmp_path: Path) -> None:
+    assert_refused(run(*DIGITS, "--use-gpu"), "--use-gpu", "no GPU on this machine", "drop --use-gpu")
+    assert everything_in(tmp_path) == {}
+
+
+def test_a_batch_that_the_workers_cannot_share(run: Run, tmp_path: Path, ray_cluster: str) -> None:
+    outcome = run(*DIGITS, "--batch-size", "2", "--num-workers", "3", "--address", ray_cluster)
+    assert_refused(outcome, "--batch-size 2", "3 workers", "use at least 3")
+    assert everything_in(tmp_path) == {}
+
+
+def test_a_cluster_that_does_not_answer(run: Run, tmp_path: Path, dead_port: int) -> None:
+    outcome = run(*DIGITS, "--num-workers", "1", "--address", f"127.0.0.1:{dead_port}")
+    assert_refused(outcome, f"--address 127.0.0.1:{dead_port}", "refused", "ray start --head")
+    assert everything_in(tmp_path) == {}
+
+
+def idx(shape: tuple[int, ...], value: int) -> bytes:
+    count = 1
+    for size in shape:
+        count *= size
+    return bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + bytes([value]) * count
+
+
+IMAGES, LABELS = MNIST_FILES[:2]
+DAMAGED = {
+    "truncated": (IMAGES, idx((5, 28, 28), 1)[:-1], "holds 3,919 bytes where its header announces 3,920"),
+    "fewer labels": (LABELS, idx((4,), 1), f"holds 4 labels for the 5 images of {IMAGES}"),
+    "label 10": (LABELS, idx((5,), 10), "holds the label 10"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "complaint"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_data_file(run: Run, tmp_path: Path, name: str, content: bytes, complaint: str) -> None:
+    for file in MNIST_FILES:
+        (tmp_path / file).write_bytes(idx((5, 28, 28) if "images" in file else (5,), 1))
+    (tmp_path / name).write_bytes(content)
+    before = everything_in(tmp_path)
+    assert_refused(run("--data.data_dir", "."), f"{tmp_path / name} {complaint}", "delete it to fetch it anew")
+    assert everything_in(tmp_path) == before
+
+
+# The lock stays: whoever deletes it takes it away from those who wait for it.
+NO_DATA = {"data": None, "data/.mnist.lock": b""}
+
+
+def test_no_data_and_no_network(run: Run, tmp_path: Path, dead_port: int) -> None:
+    outcome = run("--data.mirror", f"http://127.0.0.1:{dead_port}/")
+    assert_refused(outcome, f"http://127.0.0.1:{dead_port}/", "refused", "--data.mirror URL", "--dataset digits")
+    assert everything_in(tmp_path) == NO_DATA
+
+
+@pytest.mark.timeout(60)
+def test_a_mirror_that_never_answers(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "MIRROR_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the system accepts, and nobody answers
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        outcome = run("--data.mirror", url)
+    assert_refused(outcome, f"{url} (no answer within 0.3 s)", "--data.data_dir DIR", "--dataset digits")
+    assert everything_in(tmp_path) == NO_DATA
+
+
+def test_a_full_disk(run: Run, full_disk: Path) -> None:
+    outcome = run(*DIGITS, "--storage-path", str(full_disk / "runs"))
+    assert_refused(outcome, f"--storage-path {full_disk}/runs", "4.7 MB", "No space left", "make room")
+    assert everything_in(full_disk) == {}
+
+
+# As processes
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def test_a_process_ends_with_the_sentence(command: Command, tmp_path: Path) -> None:
+    done = command("--nope", timeout=60)
+    assert_refused((done.returncode, done.stdout, done.stderr), "--nope", HELP)
+    assert everything_in(tmp_path) == {}
+
+
+def test_gpus_that_the_cluster_does_not_have(command: Command, tmp_path: Path) -> None:
+    """The Ray cluster that is started for the run ends with it."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as ray_folder:
+        environment = os.environ | {"RAY_TMPDIR": ray_folder, "CUDA_VISIBLE_DEVICES": ""}
+        arguments = ["--num-workers", "4", "--use-gpu", *DIGITS]
+        done = command(*arguments, timeout=60, env=environment)
+        cpus = max(os.cpu_count() or 1, 4)
+        numbers = ["4 CPUs and 4 GPUs", f"(1 node, {cpus} CPUs, 0 GPUs)", "room for 0 of the 4 workers"]
+        assert_refused((done.returncode, done.stdout, done.stderr), *numbers, "drop --use-gpu", "--address")
+        assert "the cluster at " in done.stderr
+        assert list(Path(ray_folder, "ray").glob("session_*")), "Ray ran somewhere else"
+        wait_until(lambda: not started_with("RAY_TMPDIR", ray_folder), 30, "Ray's processes to end")
+    assert everything_in(tmp_path) == {}
+
+
+def started_with(variable: str, value: str) -> list[psutil.Process]:
+    """The processes that have this variable in their environment, as all that Ray starts inherit it."""
+
+    def has_it(process: psutil.Process) -> bool:
+        try:
+            return process.environ().get(variable) == value
+        except psutil.Error:
+            return False
+
+    return [process for process in psutil.process_iter() if has_it(process)]
+
+
+# Options that work
+
+
+def test_help_lists_every_option(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run("--help")
+    words = capsys.readouterr().out.replace("[", " ").replace("=", " ").split()
+    options = [flag(option.name) for option in dataclasses.fields(RunConfig)]
+    assert end.value.code == 0
+    assert [option for option in [*options, "--config", *parser.SHORT] if option not in words] == []
+    assert len(options) == 12
+
+
+def test_print_config_is_taken_back(parse: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "ConvModel", "--lr", "0.5", *DIGITS, "--max-epochs", "3", "--use-gpu", "--name", "x"]
+    with pytest.raises(SystemExit) as end:
+        parse(*arguments, "--print_config")
+    assert end.value.code == 0
+    file = tmp_path / "config.yaml"
+    file.write_text(capsys.readouterr().out)
+    again, first = parse("--config", str(file)), parse(*arguments)
+    assert again.pop("config") is not None
+    assert first.pop("config") is None
+    assert again == first
+    assert (first.max_epochs, first.use_gpu, first.model.init_args.lr) == (3, True, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "value"),
+    [
+        ("--lr", "--model.lr", "0.5"),
+        ("--batch-size", "--data.batch_size", "7"),
+        ("--dataset", "--data.dataset", "kmnist"),
+    ],
+)
+def test_short_options_mean_the_long_ones(parse: Any, short: str, long: str, value: str) -> None:
+    forms = [[short, value], [f"{short}={value}"], [long, value], [f"{long}={value}"]]
+    first, *others = [parse(*form) for form in forms]
+    assert first != parse()
+    assert [other == first for other in others] == [True] * 3
+
+
+def test_what_comes_later_wins(parse: Any, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("seed: 1\nmax_epochs: 4\nmodel: {class_path: SimpleModel, init_args: {lr: 0.25}}\n")
+    later = parse("--config", str(file), "--seed", "2", "--lr", "0.5")
+    assert (later.seed, later.max_epochs, later.model.init_args.lr) == (2, 4, 0.5)
+    earlier = parse("--seed", "2", "--lr", "0.5", "--config", str(file))
+    assert (earlier.seed, earlier.max_epochs, earlier.model.init_args.lr) == (1, 4, 0.25)
+
+
+@pytest.mark.parametrize("model", ["SimpleModel", "ConvModel"])
+def test_the_model_is_sized_to_the_data(parse: Any, model: str) -> None:
+    config = parse("--dataset", "cifar10", "--model", model)
+    made, _ = parser.instantiate(parser.make_parser("train", ""), config)
+    assert made.hparams["input_shape"] == config.model.init_args.input_shape == (3, 32, 32)
+    assert made(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_a_size_that_was_given_stays(parse: Any) -> None:
+    config = parse("--dataset", "cifar10", "--model.input_shape", "[3, 16, 16]", "--model.num_classes", "20")
+    made, _ = parser.instantiate(parser.make_parser("train", ""), config)
+    assert made(torch.zeros(2, 3, 16, 16)).shape == (2, 20)
+
+
+OWN_CLASSES = """
+import torch
+from pytorch_lightning import LightningDataModule, LightningModule
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Net(LightningModule):
+    def __init__(self, hidden: int = 8, input_shape: tuple[int, int, int] = (1, 28, 28)):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = torch.nn.Sequential(torch.nn.Linear(64, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, 10))
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def test_step(self, batch, batch_idx):
+        right = self.net(batch[0]).argmax(1) == batch[1]
+        self.log("test_accuracy", right.float().mean(), batch_size=len(right))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 0.01)
+
+
+class Digits(LightningDataModule):
+    input_shape = (1, 8, 8)
+
+    def __init__(self, share: float = 0.5):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def setup(self, stage):
+        digits = load_digits()
+        data = TensorDataset(torch.tensor(digits.data).float() / 16, torch.tensor(digits.target))
+        self.test, self.train = torch.utils.data.random_split(data, [self.hparams.share, 1 - self.hparams.share])
+
+    def train_dataloader(self):
+        return DataLoader(self.train, 16, shuffle=True)
+
+    def test_dataloader(self):
+        return DataLoader(self.test, 100)
+"""
+
+
+def test_own_classes_train(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_classes.py").write_text(OWN_CLASSES)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = ["--model", "own_classes.Net", "--model.hidden", "32"]
+    data = ["--data", "own_classes.Digits", "--data.share", "0.25"]
+    status, out, err = run(*model, *data, "--max-epochs", "3", "--name", "own")
+    assert (status, err) == (0, "")
+    result = json.loads((tmp_path / "runs/own/result.json").read_text())
+    assert (result["model"], result["dataset"]) == ("Net", "Digits")
+    assert (result["train_samples"], result["test_samples"]) == (1347, 450)
+    assert result["steps"] == 3 * 85
+    assert result["test_accuracy"] > 0.8
+    last = out.splitlines()[-1]
+    assert last.startswith(f"test accuracy {result['test_accuracy']:.4f} on 450 ")
+    assert last.endswith("run folder runs/own")
+    config = yaml.safe_load((tmp_path / "runs/own/config.yaml").read_text())
+    assert config["model"] == {"class_path": "own_classes.Net", "init_args": {"hidden": 32, "input_shape": [1, 8, 8]}}
+    assert config["data"] == {"class_path": "own_classes.Digits", "init_args": {"share": 0.25}}
+
+
+def test_resume_repeats_no_options_and_takes_those_given(run: Run, tmp_path: Path) -> None:
+    options = ["--lr", "0.02", "--batch-size", "50", "--seed", "3"]
+    assert run(*DIGITS, *options, "--max-epochs", "1", "--name", "x")[0] == 0
+    config_file = tmp_path / "runs/x/config.yaml"
+    before = yaml.safe_load(config_file.read_text())
+    assert before["model"]["init_args"]["lr"] == 0.02
+    assert before["data"]["init_args"] | {"dataset": "digits", "batch_size": 50} == before["data"]["init_args"]
+
+    status, out, err = run("--resume", "--name", "x", "--max-epochs", "3")
+    assert (status, err) == (0, "")
+    assert [row["epoch"] for row in read_metrics(RunFolder("runs", "x"))] == [1, 2, 3]
+    assert "epoch 1/3" not in out
+    assert yaml.safe_load(config_file.read_text()) == before | {"max_epochs": 3}
+    result = json.loads((tmp_path / "runs/x/result.json").read_text())
+    assert (result["steps"], result["epochs"], result["seed"]) == (3 * (1151 // 50), 3, 3)
+
+
+def test_a_learning_rate_given_on_resume_is_trained_with(run: Run, tmp_path: Path) -> None:
+    assert run(*DIGITS, "--max-epochs", "1", "--name", "x")[0] == 0
+    assert run("--resume", "--name", "x", "--max-epochs", "2", "--lr", "1e-30")[0] == 0
+    first, second = read_metrics(RunFolder("runs", "x"))
+    assert second["val_loss"] == first["val_loss"]
+
+
+def test_a_class_has_its_own_defaults_and_not_those_of_the_class_it_replaces(parse: Any) -> None:
+    """ConvModel takes arguments of the same names as SimpleModel, the default, with other defaults."""
+    init_args = parse("--model", "ConvModel").model.init_args
+    assert (init_args.lr, init_args.schedule) == (0.002, "one-cycle")
+    init_args = parse("--lr", "0.5", "--model=ConvModel").model.init_args
+    assert (init_args.lr, init_args.schedule) == (0.5, "one-cycle")
+
+
+def test_a_run_does_not_go_on_with_another_model(run: Run) -> None:
+    assert run(*DIGITS, "--max-epochs", "1", "--name", "x")[0] == 0
+    status, _, error = run("--resume", "--name", "x", "--max-epochs", "2", "--model", "ConvModel")
+    assert status == 2
+    assert "was started with ray_mnist.SimpleModel, not ray_mnist.models.ConvModel" in error
+    assert yaml.safe_load(Path("runs/x/config.yaml").read_text())["max_epochs"] == 1
