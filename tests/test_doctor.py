@@ -19,10 +19,10 @@ from conftest import wait_until
 from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
 from ray.cluster_utils import Cluster as LocalCluster
 
-from ray_mnist import doctor
-from ray_mnist.checks import aws, cluster_file, cluster_health, ray_autoscaler, ray_up, versions
-from ray_mnist.checks.ray_autoscaler import SCHEMA, UNEXPECTED_TERMINATION
+from ray_mnist import doctor, ray_internals
+from ray_mnist.checks import aws, cluster_file, cluster_health, ray_up, versions
 from ray_mnist.cli import console
+from ray_mnist.ray_internals import SCHEMA, UNEXPECTED_TERMINATION
 
 Outcome = tuple[int, list[str], str]
 RAY = min(versions.locked()["ray"])
@@ -417,11 +417,8 @@ def test_ray_still_reads_these_keys_of_a_provider() -> None:
 
 
 def test_ray_still_has_what_is_asked_of_it() -> None:
-    from ray.core.generated import common_pb2
-
     assert {"provider", "available_node_types", "max_workers"} <= SCHEMA["properties"].keys()
-    assert common_pb2.NodeDeathInfo.Reason.Value("UNEXPECTED_TERMINATION") == UNEXPECTED_TERMINATION
-    whole, refusal = ray_autoscaler.prepare(AWS)
+    whole, refusal = ray_internals.prepare_cluster_file(AWS)
     assert refusal is None
     assert whole["available_node_types"]["head"]["max_workers"] == 0
 
@@ -521,7 +518,7 @@ def test_defects_of_a_cluster(
         ahead = SimpleNamespace(time=lambda: time.time() + 100, monotonic=time.monotonic)
         patch.setattr(cluster_health, "time", ahead)
         patch.setattr(cluster_health, "SLOW_MB_PER_S", 1e9)
-        patch.setattr(ray_autoscaler, "get_cluster_status", lambda address: starting_up())
+        patch.setattr(ray_internals, "get_cluster_status", lambda address: starting_up())
         status, lines, err = run("--address", two_nodes.address, "--storage-path", str(storage))
     findings = [line.removeprefix("finding: ") for line in lines if line.startswith("finding: ")]
     assert (status, err, lines[-1]) == (1, "", f"{len(findings)} findings in the cluster")

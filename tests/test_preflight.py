@@ -21,6 +21,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from ray.cluster_utils import Cluster as LocalCluster
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
+from ray_mnist import ray_internals
 from ray_mnist.checks import preflight
 from ray_mnist.checks.preflight import Bundle, Cluster, check_resources, fits
 from ray_mnist.errors import RequestError
@@ -109,7 +110,7 @@ class Greeter(socketserver.BaseRequestHandler):
 @pytest.mark.timeout(60)
 def test_an_address_where_something_else_listens(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as the dashboard's: Ray would try to join it for ever."""
-    monkeypatch.setattr(preflight, "ANSWER_TIMEOUT_S", 1)
+    monkeypatch.setattr(ray_internals, "ANSWER_TIMEOUT_S", 1)
     with server(("127.0.0.1", 0)) as other:
         if isinstance(other, socketserver.TCPServer):
             threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()

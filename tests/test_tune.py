@@ -26,10 +26,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, TrainingError, tune
+from ray_mnist.ray_internals import TrialTorchTrainer
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.records import read_metrics
 from ray_mnist.search import space
-from ray_mnist.search.placement import NestedTorchTrainer
 
 DIGITS = {"data": {"dataset": "digits"}}
 
@@ -262,7 +262,7 @@ class TrialActor:
 
 @pytest.mark.parametrize(
     ("trainer_class", "freed"),
-    [(NestedTorchTrainer, True), pytest.param(TorchTrainer, False, marks=pytest.mark.slow)],
+    [(TrialTorchTrainer, True), pytest.param(TorchTrainer, False, marks=pytest.mark.slow)],
 )
 def test_a_trial_that_is_killed_frees_its_workers_where_rays_own_run_does_not(
     trainer_class: type[TorchTrainer], freed: bool, cluster: None, tmp_path: Path

@@ -11,9 +11,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_mnist.checks import Check, preflight, probe
-from ray_mnist.checks.ray_autoscaler import UNEXPECTED_TERMINATION, pending
 from ray_mnist.errors import RequestError, one_line
 from ray_mnist.launch.connection import address_to_join
+from ray_mnist.ray_internals import UNEXPECTED_TERMINATION, pending_nodes
 from ray_mnist.run.folder import RunFolder
 
 ANSWER_TIMEOUT_S = 60
@@ -35,7 +35,7 @@ def checks(address: str | None, storage_path: str) -> Iterator[Check]:
         raise RequestError("No Ray cluster runs here: start one with `ray start --head`, or name one with --address.")
     with joined(address):
         nodes = ray.nodes()
-        yield "nodes", [*absent(nodes), *pending(ray.get_runtime_context().gcs_address)]
+        yield "nodes", [*absent(nodes), *pending_nodes(ray.get_runtime_context().gcs_address)]
         alive = {name_of(node): node for node in nodes if node["Alive"]}
         probes = {name: start_probe(node["NodeID"]) for name, node in alive.items()}
         versions, silent = ask(probes, "versions")

@@ -3,8 +3,6 @@
 Ray is imported only where a cluster is asked: a run in this process does without it.
 """
 
-import json
-import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,8 +15,6 @@ from ray_mnist.errors import RequestError, one_line
 from ray_mnist.run.folder import RunFolder
 
 Bundle = dict[str, float]
-CONNECT_TIMEOUT_S = 5
-ANSWER_TIMEOUT_S = 15
 PROBE_TIMEOUT_S = 60
 WAIT_FOR_NODES_S = 600  # a cloud's machine takes minutes to start and to be set up
 
@@ -56,38 +52,6 @@ def fits(resources: dict[str, float], bundle: Bundle) -> int:
     return min(int(resources.get(name, 0) // amount) for name, amount in bundle.items())
 
 
-def has_autoscaler() -> bool:
-    """Whether an autoscaler that says what it cannot add looks after the cluster: version 2, which `ray up` starts."""
-    from ray.autoscaler.v2.utils import is_autoscaler_v2
-
-    return is_autoscaler_v2(fetch_from_server=True)
-
-
-def nodes_are_joining() -> bool:
-    """Whether an autoscaler of version 1, as `cluster/local.yaml` has it, is bringing up nodes.
-
-    Ray has no public call for it.
-    """
-    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report", {})
-    return bool(report.get("pending_nodes") or report.get("pending_launches"))
-
-
-def is_beyond_the_autoscaler(group: Any) -> bool:
-    """Whether the autoscaler has found that it cannot add the nodes that the placement group waits for.
-
-    Ray has no public call for it, nor for the autoscaler's limits.
-    """
-    from ray._private.worker import global_worker
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
-
-    status = GetClusterStatusReply.FromString(global_worker.gcs_client.get_cluster_status())  # type: ignore[attr-defined]
-    infeasible = status.autoscaling_state.infeasible_gang_resource_requests
-    return any(request.details.startswith(group.id.hex()) for request in infeasible)
-
-
 def check_resources(num_workers: int, bundle: Bundle, wait_s: float, say: Callable[[str], None]) -> Cluster:
     """The cluster, once it has room for `num_workers` bundles.
 
@@ -102,12 +66,14 @@ def check_resources(num_workers: int, bundle: Bundle, wait_s: float, say: Callab
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
+    from ray_mnist import ray_internals
+
     cluster = Cluster.current()
     room = cluster.room_for(bundle)
     needs = f"The run needs {wanted(num_workers, bundle)}"
     has = f"the cluster at {cluster} has room for {room} of the {num_workers} workers"
-    grows_on_demand = has_autoscaler()
-    if room < num_workers and not grows_on_demand and not nodes_are_joining():
+    grows_on_demand = ray_internals.has_autoscaler()
+    if room < num_workers and not grows_on_demand and not ray_internals.nodes_are_joining():
         raise RequestError(f"{needs}; {has}: {way_out(room, bundle)}")
     group = placement_group([bundle] * num_workers)
     try:
@@ -116,7 +82,7 @@ def check_resources(num_workers: int, bundle: Bundle, wait_s: float, say: Callab
             say(f"waiting up to {wait_s:.0f} s for {why}: {wanted(num_workers, bundle)}")
             deadline = time.monotonic() + wait_s
             while not group.wait(1):
-                if room < num_workers and grows_on_demand and is_beyond_the_autoscaler(group):
+                if room < num_workers and grows_on_demand and ray_internals.is_beyond_the_autoscaler(group):
                     raise RequestError(
                         f"{needs}; {has}, and its autoscaler cannot add nodes enough: {way_out(room, bundle)}"
                     )
@@ -149,14 +115,11 @@ def way_out(room: int, bundle: Bundle) -> str:
 
 
 def this_machines_cluster() -> str | None:
-    """The address of the cluster that this machine is part of, or None.
+    """The address of the cluster that this machine is part of, or None."""
+    from ray_mnist import ray_internals
 
-    `ray start` leaves it in a file for `ray.init()` to find; a cluster that died leaves the file behind.
-    """
-    from ray._private.utils import read_ray_address
-
-    address = read_ray_address()
-    return address if address and unreachable(address) is None else None
+    address = ray_internals.this_machines_address()
+    return address if address and ray_internals.unreachable(address) is None else None
 
 
 def check_address(address: str) -> None:
@@ -166,32 +129,10 @@ def check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535 or "/" in host:
         raise RequestError(f"--address {address} is not an address: give HOST:PORT, as `ray start --head` prints it.")
-    if problem := unreachable(address):
+    from ray_mnist import ray_internals
+
+    if problem := ray_internals.unreachable(address):
         raise RequestError(f"--address {address} does not answer ({problem}): is `ray start --head` running there?")
-
-
-def unreachable(address: str) -> str | None:
-    """Why no Ray head answers at host:port, or None: with anything else that listens there, Ray tries for ever."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, ValueError) as error:
-        return one_line(error)
-
-    import grpc  # type: ignore[import-untyped]
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
-
-    with init_grpc_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
-        head = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-        try:
-            request = gcs_service_pb2.CheckAliveRequest()  # type: ignore[attr-defined]
-            head.CheckAlive(request, timeout=ANSWER_TIMEOUT_S)
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-                return "it asks for a token: copy ~/.ray/auth_token from its head"
-            return "something listens there, but no Ray head"
-    return None
 
 
 def check_storage(folder: RunFolder, needed_bytes: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray_mnist.checks import Check, aws, versions
 from ray_mnist.checks.contents import nearest, number, section, strings
-from ray_mnist.checks.ray_autoscaler import FIRST_AUTOSCALER, prepare, schema_errors
+from ray_mnist.ray_internals import FIRST_AUTOSCALER, prepare_cluster_file, schema_errors
 
 # What Ray's source reads of `provider`, for each.
 ANY_PROVIDER = {
@@ -38,7 +38,7 @@ PROVIDERS = {
 def checks(config: dict[str, Any]) -> Iterator[Check]:
     """Checks the contents of the file, whatever they are: what one check trips over, the others still look past."""
     errors = [sentence for error in schema_errors(config) for sentence in schema_findings(error)]
-    whole, refusal = (config, None) if errors else prepare(config)
+    whole, refusal = (config, None) if errors else prepare_cluster_file(config)
     provider, counts = section(config, "provider"), [*count_findings(whole)]
     kind = str(provider.get("type"))
     # Of counts Ray says less.

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
+from ray_mnist import ray_internals
 from ray_mnist.checks import preflight
 from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError, one_line
@@ -63,8 +63,7 @@ def address_to_join(given: str | None) -> str | None:
         RequestError: no Ray head answers there.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)  # Ray's import has set its loggers up anew
-    # What `ray start` does, and `ray.init` for a cluster it finds itself: show the token if this user has one.
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    ray_internals.show_token()
     address = given or os.environ.get("RAY_ADDRESS") or preflight.this_machines_cluster()
     if address:
         preflight.check_address(address)

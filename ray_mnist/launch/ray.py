@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy
 from ray.exceptions import RayError
 from ray.train.collective import broadcast_from_rank_zero
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
 from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
 from ray_mnist.cli.lightning_arguments import FIND_UNUSED
@@ -22,6 +22,7 @@ from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError, TrainingError, one_line
 from ray_mnist.launch.connection import environment, go_to, this_folder
 from ray_mnist.launch.failures import Failures, describe_all
+from ray_mnist.ray_internals import SNAPSHOT, AbortableTorchTrainer
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
 from ray_mnist.worker import Job, run_and_collect
@@ -152,7 +153,9 @@ def unused_parameters(model: pl.LightningModule) -> RequestError:
     )
 
 
-def launch(job: Job, config: RunConfig, trainer_class: type[TorchTrainer] = TorchTrainer) -> Outcome | Evaluation:
+def launch(
+    job: Job, config: RunConfig, trainer_class: type[AbortableTorchTrainer] = AbortableTorchTrainer
+) -> Outcome | Evaluation:
     """Does the job on `config.num_workers` Ray workers; needs a `connection.connect`.
 
     Raises:
@@ -199,8 +202,6 @@ def forget_snapshot(folder: RunFolder) -> None:
     The run resumes from the newest checkpoint that is whole. Ray's own list may have been cut off by the kill that
     the run is to recover from, and then Ray refuses to start.
     """
-    from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME as SNAPSHOT
-
     if folder.has(SNAPSHOT):
         folder.fs.delete_file(folder.at(SNAPSHOT))
 

@@ -22,10 +22,10 @@ from ray_mnist.launch.ray import bundle, in_thread
 from ray_mnist.run import report
 from ray_mnist.run.folder import RunFolder, checkpoint_name
 from ray_mnist.run.records import read_metrics, to_json
-from ray_mnist.search import placement, space
+from ray_mnist.search import space
 from ray_mnist.search.results import STOPPED_EARLY, SweepResult, TrialRow, reason, trials_csv, winner_of
 from ray_mnist.search.table import Table
-from ray_mnist.search.trial import Build, Plan, Trial, test_winner
+from ray_mnist.search.trial import Build, Plan, Trial, bundles, test_winner
 from ray_mnist.worker import Job
 
 TUNE_SETTINGS = {
@@ -131,7 +131,7 @@ class Sweep:
             preflight.check_storage(folder, 1_000_000)
             job = Job("fit", model, {"datamodule": datamodule}, folder.storage_path, name, 0, lightning=self.lightning)
             workers = max(1, self.config.num_workers)
-            needs = placement.bundles(workers, bundle(self.config))
+            needs = bundles(workers, bundle(self.config))
             at_once = self.sweep.max_concurrent or max(1, (os.cpu_count() or 1) // workers)
             with environment(TUNE_SETTINGS), connect(self.config, job, at_once * len(needs)):
                 cluster = preflight.check_resources(

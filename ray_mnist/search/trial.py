@@ -21,8 +21,14 @@ from ray_mnist.run.records import read_metrics
 from ray_mnist.worker import Job, can_test, run
 
 POLL_S = 0.2
+TRIAL_CPU = 0.01  # a trial cannot ask for nothing
 STOP_S = 60  # for a training to end at its next batch
 Build = Callable[[dict[str, Any]], tuple[pl.LightningModule, pl.LightningDataModule]]
+
+
+def bundles(num_workers: int, worker: dict[str, float]) -> list[dict[str, float]]:
+    """What a trial reserves: the trial itself, then each of its workers; a lone worker is the trial itself."""
+    return [worker] if num_workers <= 1 else [{"CPU": TRIAL_CPU}] + [worker] * num_workers
 
 
 @dataclass
@@ -114,9 +120,9 @@ class Trial(tune.Trainable):
             job = self.plan.job(parameters, self.trial_id)
             if config.num_workers > 1:
                 from ray_mnist.launch import ray
-                from ray_mnist.search.placement import NestedTorchTrainer
+                from ray_mnist.ray_internals import TrialTorchTrainer
 
-                ray.launch(job, config, NestedTorchTrainer)
+                ray.launch(job, config, TrialTorchTrainer)
             else:
                 callbacks = [*job.lightning["callbacks"], self.stop_when_told]
                 job = replace(job, lightning=job.lightning | {"callbacks": callbacks})
