@@ -1,0 +1,141 @@
+"""All that this package uses of Lightning beyond its public API, and why: the one file to look at with a new Lightning.
+
+The way that Lightning brings metrics together is not exact (see `distributed/metrics.py`), and has no public way in.
+tests/test_internals.py names what a new release moved.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+from torchmetrics import Metric
+
+MetricPart = tuple[str, Tensor, float]  # how to reduce it, a worker's value, and the weight that it has
+
+
+def hook_into_metrics(
+    trainer: pl.Trainer,
+    batch_ended: Callable[[], None],
+    epoch_ended: Callable[[], None],
+    sync: Callable[..., Tensor],
+    weight: Callable[[], float],
+) -> None:
+    """Comes between the trainer and its metrics.
+
+    Args:
+        trainer: whose metrics.
+        batch_ended: called before anyone reads the metrics of a training batch.
+        epoch_ended: called before the hooks of an epoch's end, which read its metrics, and after them, since they may
+            have logged more.
+        sync: reduces a value that is logged with `sync_dist=True`.
+        weight: gives the weight that what is logged now has among all workers.
+    """
+    connector: Any = trainer._logger_connector
+    results: Any = trainer.fit_loop.epoch_loop._results
+    on_batch_end, epoch_end_reached = connector.on_batch_end, connector.epoch_end_reached
+    on_epoch_end, log = connector.on_epoch_end, results.log
+
+    def batch_end() -> None:
+        if trainer.training:
+            batch_ended()
+        on_batch_end()
+
+    def reached() -> None:
+        epoch_end_reached()
+        epoch_ended()
+
+    def epoch_end() -> None:
+        epoch_ended()
+        on_epoch_end()
+
+    def weighed(fx: str, name: str, *arguments: Any, **named: Any) -> None:
+        log(fx, name, *arguments, **named | {"sync_dist_fn": sync})
+        results[f"{fx}.{name}"].weight = weight()
+
+    connector.on_batch_end, connector.epoch_end_reached, connector.on_epoch_end = batch_end, reached, epoch_end
+    results.log = weighed
+
+
+def loggers_want_this_step(trainer: pl.Trainer) -> bool:
+    """Whether there are loggers, and the step is one of each `log_every_n_steps`."""
+    connector: Any = trainer._logger_connector
+    return bool(trainer.loggers and connector.should_update_logs)
+
+
+def checkpoint_at_this_step(trainer: pl.Trainer) -> bool:
+    """Whether a ModelCheckpoint saves after this step."""
+    every = [getattr(callback, "_every_n_train_steps", 0) for callback in trainer.checkpoint_callbacks]
+    return any(steps and trainer.global_step % steps == 0 for steps in every)
+
+
+def logged_values(results: Any) -> dict[str, Any]:
+    """The values, not torchmetrics, that were logged in the epoch."""
+    return {key: metric for key, metric in results.items() if metric.is_tensor and not metric.has_reset}
+
+
+def epoch_parts(trainer: pl.Trainer) -> dict[str, MetricPart]:
+    """This worker's part of each value of the epoch that no worker has the total of yet."""
+    return {
+        key: (
+            metric.meta.reduce_fx.__name__,
+            metric.value.cpu(),
+            float(metric.cumulated_batch_size if metric.meta.is_mean_reduction else 1),
+        )
+        for key, metric in logged_values(trainer._results).items()
+        if metric.meta.on_epoch and metric._computed is None
+    }
+
+
+def set_epoch_value(trainer: pl.Trainer, key: str, value: Tensor) -> None:
+    """Puts the total over all workers where this worker's part was."""
+    metric = logged_values(trainer._results)[key]
+    metric._computed = value.to(metric.value.device)
+
+
+def step_parts(trainer: pl.Trainer) -> dict[str, MetricPart]:
+    """This worker's part of each value of the last training step that no worker has the total of yet."""
+    return {
+        key: (metric.meta.reduce_fx.__name__, metric._forward_cache.cpu(), metric.weight)
+        for key, metric in logged_values(trainer.fit_loop.epoch_loop._results).items()
+        if metric.meta.on_step
+        and not metric.meta.sync.should
+        and metric._forward_cache is not getattr(metric, "step_total", None)
+    }
+
+
+def set_step_value(trainer: pl.Trainer, key: str, value: Tensor) -> None:
+    """Has the trainer's metrics of its last step show the whole batch's value."""
+    connector: Any = trainer._logger_connector
+    metric = logged_values(trainer.fit_loop.epoch_loop._results)[key]
+    metric._forward_cache = metric.step_total = value = value.to(metric.value.device)
+    name, step_name = metric.meta.name, metric.meta.forked_name(on_step=True)
+    if metric.meta.logger:
+        connector._logged_metrics[step_name] = value
+    if metric.meta.prog_bar:
+        connector._progress_bar_metrics[step_name] = value.item()
+    connector._callback_metrics[step_name] = value
+    if not metric.meta.on_epoch:
+        connector._callback_metrics[name] = value
+
+
+def metrics_of(trainer: pl.Trainer) -> list[Metric]:
+    """All that collects over an epoch: the model's torchmetrics, and what was logged."""
+    results: Any = trainer._results
+    return [*(part for part in trainer.lightning_module.modules() if isinstance(part, Metric)), *results.values()]
+
+
+def metric_states(trainer: pl.Trainer) -> dict[int, dict[str, Any]]:
+    """A copy of what each metric has collected so far, by the metric's id."""
+    metrics = metrics_of(trainer)
+    # In one copy: metrics of a collection may have their states in common.
+    states = copy.deepcopy([{name: getattr(metric, name) for name in metric._defaults} for metric in metrics])
+    return {id(metric): state for metric, state in zip(metrics, states, strict=True)}
+
+
+def restore_metric_states(trainer: pl.Trainer, states: dict[int, dict[str, Any]]) -> None:
+    """Takes the metrics back to these states; one that was not there then has collected nothing."""
+    for metric in metrics_of(trainer):
+        state = states.get(id(metric))
+        vars(metric).update(copy.deepcopy(metric._defaults) if state is None else state, _computed=None)
