@@ -1,0 +1,148 @@
+"""What is used of Ray and Lightning beyond their public APIs is in one file each; what a new release moved is named."""
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+PACKAGE = Path(__file__).parents[1] / "ray_mnist"
+INTERNALS = ("ray_internals.py", "lightning_internals.py")
+THEIRS = ("ray", "pytorch_lightning", "lightning_fabric")
+# Private names of the standard library and of torch, each in the one file that needs it.
+OTHERS = {("callbacks.py", "_version"), ("launch/xla.py", "_exit"), ("distributed/loaders.py", "_iterator")}
+
+
+def imports(file: Path) -> Iterator[tuple[str, str]]:
+    """What `file` imports of Ray and Lightning: the module, and the name in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in THEIRS:
+            yield from ((node.module, name.name) for name in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((name.name, "") for name in node.names if name.name.split(".")[0] in THEIRS)
+
+
+def is_private(module: str, name: str) -> bool:
+    parts = [*module.split("."), name]
+    return any(part.startswith("_") for part in parts) or parts[:2] == ["ray", "core"]
+
+
+def files() -> list[Path]:
+    return [file for file in sorted(PACKAGE.rglob("*.py")) if file.name not in INTERNALS]
+
+
+def test_no_other_file_imports_what_is_private() -> None:
+    found = [(file.name, *each) for file in files() for each in imports(file) if is_private(*each)]
+    assert found == []
+
+
+def test_no_other_file_reaches_into_a_foreign_object() -> None:
+    found = set()
+    for file in files():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                of_its_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                of_its_base = isinstance(node.value, ast.Call) and ast.unparse(node.value) == "super()"
+                if not of_its_own and not of_its_base:
+                    found.add((str(file.relative_to(PACKAGE)), node.attr))
+    assert found <= OTHERS
+
+
+def test_ray_still_has_what_is_imported_of_it() -> None:
+    moved = []
+    for module, name in imports(PACKAGE / "ray_internals.py"):
+        try:
+            if not hasattr(importlib.import_module(module), name or "__name__"):
+                importlib.import_module(f"{module}.{name}")
+        except ImportError as error:
+            moved.append(f"Ray moved {module}.{name}, which ray_internals.py imports ({error})")
+    assert moved == []
+
+
+def test_ray_still_calls_what_is_overridden() -> None:
+    """A method of ours that no class of Ray's has would never be called."""
+    from ray_mnist import ray_internals
+
+    ours = [each for each in vars(ray_internals).values() if inspect.isclass(each)]
+    for each in (each for each in ours if each.__module__ == ray_internals.__name__):
+        bases = [base for base in each.__mro__[1:] if base.__module__ != ray_internals.__name__]
+        for name in vars(each):
+            if name.startswith("_") and not name.startswith("__"):
+                assert any(name in vars(base) for base in bases), f"Ray moved {name}, which {each.__name__} overrides"
+    for name in ("abort", "run", "get_result", "worker_group_cls"):
+        assert hasattr(ray_internals.TrainController, name), f"Ray moved TrainController.{name}"
+
+
+class Logs(pl.LightningModule):
+    """Logs a value at each step and over the epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = self.layer(batch[0]).square().mean()
+        self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Looks(pl.Callback):
+    """Goes through the paths while a training is under way."""
+
+    def __init__(self) -> None:
+        self.missing: list[str] = []
+        self.looked = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        metric = "trainer.fit_loop.epoch_loop._results['training_step.loss']"
+        for path in (
+            "trainer._logger_connector.on_batch_end",
+            "trainer._logger_connector.epoch_end_reached",
+            "trainer._logger_connector.on_epoch_end",
+            "trainer._logger_connector.should_update_logs",
+            "trainer._logger_connector._logged_metrics",
+            "trainer._logger_connector._progress_bar_metrics",
+            "trainer._logger_connector._callback_metrics",
+            "trainer._results",
+            "trainer.fit_loop.epoch_loop._results.log",
+            *(
+                f"{metric}.{name}"
+                for name in ("_computed", "_forward_cache", "_defaults", "value", "cumulated_batch_size")
+            ),
+            *(f"{metric}.{name}" for name in ("is_tensor", "has_reset", "meta.on_step", "meta.on_epoch")),
+            *(f"{metric}.meta.{name}" for name in ("is_mean_reduction", "reduce_fx.__name__", "sync.should")),
+            *(f"{metric}.meta.{name}" for name in ("name", "forked_name", "logger", "prog_bar")),
+            "trainer.checkpoint_callbacks[0]._every_n_train_steps",
+        ):
+            self.looked += 1
+            try:
+                eval(path, {"trainer": trainer})
+            except (AttributeError, KeyError, TypeError) as error:
+                self.missing.append(f"Lightning moved {path} ({error})")
+
+
+def test_lightning_still_has_what_is_used_of_it(tmp_path: Path) -> None:
+    looks = Looks()
+    trainer = pl.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[looks, ModelCheckpoint(tmp_path, every_n_train_steps=1)],
+    )
+    trainer.fit(Logs(), DataLoader(TensorDataset(torch.ones(4, 1)), batch_size=2))
+    assert looks.missing == []
+    assert looks.looked > 20
+    log = inspect.signature(trainer.fit_loop.epoch_loop._results.log).parameters
+    assert [*log][:2] == ["fx", "name"]
+    assert "sync_dist_fn" in log
