@@ -104,6 +104,14 @@ def cluster(ray_cluster: str) -> Iterator[None]:
 
 
 @pytest.fixture
+def gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a run with workers start them itself, without Ray: for what is about the work, not about its launch."""
+    import gloo_workers  # once the environment above is set
+
+    monkeypatch.setattr(gloo_workers.select, "on_ray", gloo_workers.on_gloo)
+
+
+@pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder with room for 64 KiB."""
     if os.geteuid() != 0 or not shutil.which("mount"):

@@ -1021,14 +1021,8 @@ def run_ours(name: str, folder: Path, num_workers: int) -> Seen:
     return run(name, folder, partial(Trainer, storage_path=str(folder), name="run", num_workers=num_workers))
 
 
-# Each takes twenty seconds on Ray: all but two that are unlike each other wait for --slow.
-QUICK = ("gan_by_manual_optimization", "weighted_sampler_over_augmented_samples")
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PROGRAMS]
-)
-def test_two_workers_give_what_one_process_gives(name: str, cluster: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_two_workers_give_what_one_process_gives(name: str, gloo: None, tmp_path: Path) -> None:
     here = run_ours(name, tmp_path / "here", num_workers=0)
     there = run_ours(name, tmp_path / "there", num_workers=2)
     assert here["epoch and step"][1] > 0

@@ -1,0 +1,131 @@
+"""Stands in for Ray: a run's workers are forked from a process that has everything imported, and meet over gloo.
+
+What runs in them is what runs in Ray's workers: `train_function`, in the local mode of Ray's TorchTrainer, which finds
+its rank in the environment as under torchrun. Only the two things that Ray's controller has a hand in are made here.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from multiprocessing import connection, get_context, parent_process
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch.distributed as dist
+from ray import cloudpickle
+from ray.train.torch import TorchTrainer
+
+from ray_mnist.config import RunConfig
+from ray_mnist.errors import RequestError
+from ray_mnist.launch import ray as launch
+from ray_mnist.launch import select
+from ray_mnist.launch.connection import this_folder
+from ray_mnist.launch.failures import describe_all
+from ray_mnist.run.outcome import Evaluation, Outcome, Row
+from ray_mnist.worker import Job
+
+JOB_S = 120  # all that a job may take
+PEERS_S = 10  # what the others may take once one has failed: they notice that it is gone, unless they are stuck
+
+processes = get_context("forkserver")
+# The last are imported by the first step of an optimizer and of DDP.
+processes.set_forkserver_preload(["ray_mnist.launch.ray", "ray_mnist.trainer", "torch._dynamo"])
+
+
+class GlooContext(launch.RayContext):
+    """Ray's, but for what Ray's local mode leaves out."""
+
+    def report(self, metrics: Row, name: str, checkpoint: Path | None) -> None:
+        """Puts rank 0's checkpoint into the run folder; a barrier for all ranks."""
+        if checkpoint is not None:
+            self.job.folder.add_checkpoint(checkpoint, name)
+        dist.barrier()
+
+    def broadcast(self, value: str | None) -> str | None:
+        """Rank 0's value, on every rank."""
+        found = [value]
+        dist.broadcast_object_list(found)
+        return found[0]
+
+
+def on_gloo(job: Job, config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """In place of `select.on_ray`."""
+    select.check_serializable_job(job)
+    yield f"{config.num_workers} workers over gloo", lambda: run(job, config.num_workers)
+
+
+def run(job: Job, num_workers: int) -> Outcome | Evaluation:
+    """Does the job, without second tries; errors are those of `launch.ray.launch`."""
+    packed = cloudpickle.dumps({"job": job, "use_gpu": False, "folder": this_folder()})
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks, workers = {}, []
+    for rank in range(num_workers):
+        mine, theirs = processes.Pipe(duplex=False)
+        worker = processes.Process(target=work, args=(packed, rank, num_workers, store.port, theirs))
+        worker.start()
+        theirs.close()
+        ranks[mine] = rank
+        workers.append(worker)
+    try:
+        outcomes, errors = receive(ranks)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+    if wrong := [error for error in errors.values() if isinstance(error, RequestError)]:
+        raise wrong[0]
+    if errors:
+        raise describe_all(errors)
+    return outcomes[0]
+
+
+def receive(ranks: dict[Connection, int]) -> tuple[dict[int, Any], dict[int, Exception]]:
+    """What the ranks returned, and what they raised."""
+    outcomes, errors = dict[int, Any](), dict[int, Exception]()
+    while ranks:
+        ready = connection.wait(ranks, PEERS_S if errors else JOB_S)
+        if not ready and errors:
+            break
+        assert ready, f"ranks {sorted(ranks.values())} said nothing for {JOB_S} s"
+        for pipe in ready:
+            rank = ranks.pop(pipe)
+            try:
+                outcome, error = cloudpickle.loads(pipe.recv_bytes())
+            except EOFError:
+                outcome, error = None, ChildProcessError("the process is gone")
+            if error:
+                errors[rank] = error
+            else:
+                outcomes[rank] = outcome
+    return outcomes, errors
+
+
+def work(packed: bytes, rank: int, world_size: int, port: int, home: Connection) -> None:
+    """What the process of each rank runs."""
+    threading.Thread(target=die_with_the_tests, daemon=True).start()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # the store is there
+    launch.RayContext = GlooContext
+    outcome = error = None
+    try:
+        # With no workers for Ray to start.
+        trainer = TorchTrainer(
+            launch.train_function,
+            train_loop_config=cloudpickle.loads(packed),
+            scaling_config=ray.train.ScalingConfig(num_workers=0),
+        )
+        outcome = trainer.fit().return_value
+    except Exception as raised:
+        error = raised
+    home.send_bytes(cloudpickle.dumps((outcome if rank == 0 else None, error)))
+
+
+def die_with_the_tests() -> None:
+    """Ends this process when pytest's is gone, however it went."""
+    tests = parent_process()
+    assert tests is not None
+    tests.join()
+    os._exit(1)
