@@ -759,5 +759,5 @@ def test_the_processes_of_a_loader_end_with_the_training(presharded: bool, tmp_p
     keep = pl.callbacks.LambdaCallback(on_train_end=lambda *seen: kept.extend(seen))
     fit(lambda: loader, tmp_path, presharded=presharded, max_epochs=1, callbacks=[LossWeighting(), keep])
     assert kept[0].train_dataloader
-    assert set(multiprocessing.active_children()) == before
+    assert set(multiprocessing.active_children()) <= before
     assert len(list(loader)) == 6

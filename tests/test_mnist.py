@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.run.folder import CHECKPOINT, RunFolder
 from ray_mnist.run.records import read_metrics
+from ray_mnist.run.report import Result
 
 Command = Callable[..., CompletedProcess[str]]
 
@@ -52,22 +52,28 @@ def read_test_set(folder: Path) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images.reshape(-1, 784) / np.float32(255)), torch.from_numpy(labels.astype(np.int64))
 
 
+def fit(folder: Path, data: Path, num_workers: int, max_epochs: int) -> Result:
+    pl.seed_everything(1, verbose=False)
+    trainer = Trainer(
+        max_epochs=max_epochs, num_workers=num_workers, storage_path=str(folder), name=f"on-{num_workers}"
+    )
+    trainer.fit(SimpleModel(), MNISTDataModule(data_dir=str(data)))
+    return trainer.result
+
+
+@pytest.fixture(scope="module")
+def two_workers(cluster: None, mnist_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """Five epochs on two workers of Ray."""
+    return fit(tmp_path_factory.mktemp("mnist"), mnist_files, num_workers=2, max_epochs=5)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_mnist_at_every_number_of_workers(cluster: None, mnist_files: Path, tmp_path: Path) -> None:
-    def fit(num_workers: int, max_epochs: int) -> Trainer:
-        pl.seed_everything(1, verbose=False)
-        name = f"on-{num_workers}"
-        trainer = Trainer(max_epochs=max_epochs, num_workers=num_workers, storage_path=str(tmp_path), name=name)
-        trainer.fit(SimpleModel(), MNISTDataModule(data_dir=str(mnist_files)))
-        return trainer
+def test_mnist_on_two_workers(two_workers: Result, mnist_files: Path) -> None:
+    values = two_workers.values
+    assert values["test_accuracy"] >= 0.970
+    assert [values[f"{key}_samples"] for key in ("train", "val", "test")] == [48_000, 12_000, 10_000]
 
-    two = fit(2, max_epochs=5).result
-    assert two.values["test_accuracy"] >= 0.970
-    counted = {key: two.values[f"{key}_samples"] for key in ("train", "val", "test")}
-    assert counted == {"train": 48_000, "val": 12_000, "test": 10_000}
-
-    best = torch.load(tmp_path / "on-2" / two.values["best_checkpoint"] / CHECKPOINT, weights_only=False)
+    best = torch.load(Path(two_workers.path) / values["best_checkpoint"] / CHECKPOINT, weights_only=False)
     network = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
     network.load_state_dict(
         {
@@ -77,10 +83,15 @@ def test_mnist_at_every_number_of_workers(cluster: None, mnist_files: Path, tmp_
         }
     )
     images, labels = read_test_set(mnist_files)
-    assert two.values["test_accuracy"] == (network(images).argmax(dim=1) == labels).sum().item() / 10_000
+    assert values["test_accuracy"] == (network(images).argmax(dim=1) == labels).sum().item() / 10_000
 
-    for num_workers in (0, 1, 4):
-        other: Any = fit(num_workers, max_epochs=2).result
-        assert [other.values[f"{key}_samples"] for key in counted] == list(counted.values())
-        for mine, theirs in zip(other.history, two.history, strict=False):
-            assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4), num_workers
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 1, 4])
+def test_mnist_at_every_number_of_workers(
+    num_workers: int, two_workers: Result, gloo: None, mnist_files: Path, tmp_path: Path
+) -> None:
+    other = fit(tmp_path, mnist_files, num_workers, max_epochs=2)
+    assert [other.values[f"{key}_samples"] for key in ("train", "val", "test")] == [48_000, 12_000, 10_000]
+    for mine, theirs in zip(other.history, two_workers.history, strict=False):
+        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)

@@ -1021,12 +1021,21 @@ def run_ours(name: str, folder: Path, num_workers: int) -> Seen:
     return run(name, folder, partial(Trainer, storage_path=str(folder), name="run", num_workers=num_workers))
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_two_workers_give_what_one_process_gives(name: str, gloo: None, tmp_path: Path) -> None:
-    here = run_ours(name, tmp_path / "here", num_workers=0)
-    there = run_ours(name, tmp_path / "there", num_workers=2)
+def compare_two_workers_with_one_process(name: str, folder: Path) -> None:
+    here = run_ours(name, folder / "here", num_workers=0)
+    there = run_ours(name, folder / "there", num_workers=2)
     assert here["epoch and step"][1] > 0
     same(here, there, PROGRAMS[name][1], name)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_two_workers_give_what_one_process_gives(name: str, gloo: None, tmp_path: Path) -> None:
+    compare_two_workers_with_one_process(name, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_workers_of_ray_give_what_one_process_gives(cluster: None, tmp_path: Path) -> None:
+    compare_two_workers_with_one_process("several_validation_loaders", tmp_path)
 
 
 def lightning(strategy: str = "", name: str = "", **arguments: Any) -> pl.Trainer:
