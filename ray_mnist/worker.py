@@ -126,7 +126,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
         outcome.test_seconds = time.monotonic() - clock
         outcome.test_metrics = [dict(metrics) for metrics in tested]
         outcome.test_samples = mistakes.samples
-        outcome.confusion, outcome.mistakes = mistakes.confusion_counts(), mistakes.worst
+        outcome.classes, outcome.confusion, outcome.mistakes = mistakes.classes, mistakes.confusion, mistakes.worst
     return outcome
 
 
