@@ -12,6 +12,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ray_mnist.callbacks import Mistakes, Randomness, Recorder
+from ray_mnist.distributed.collectives import gather
 from ray_mnist.distributed.loaders import LossWeighting, resumable_loaders, shard_loaders
 from ray_mnist.distributed.metrics import MetricSync
 from ray_mnist.distributed.serialization import fingerprints, public_state, sendable
@@ -27,7 +28,8 @@ class Job:
 
     `task` is fit, validate, test or predict; `data` has the arguments that give Lightning's method of that name its
     data; `checkpoint` is the path or URI of the one to start from; `monitor` is the metric that chooses the best
-    checkpoint, and its mode, if not the ModelCheckpoint's of the user; `with_test` has a fit end in the test.
+    checkpoint, and its mode, if not the ModelCheckpoint's of the user; `with_test` has a fit end in the test;
+    `return_predictions` is what Lightning's `predict` makes of it.
     """
 
     task: str
@@ -41,6 +43,7 @@ class Job:
     weights_only: bool | None = None
     monitor: tuple[str, str] | None = None
     with_test: bool = True
+    return_predictions: bool | None = None
     lightning: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -141,20 +144,23 @@ def evaluate(job: Job, context: WorkerContext) -> Evaluation:
 
 
 def predict(job: Job, context: WorkerContext) -> Evaluation:
-    """Predicts; rank 0 has all predictions, in the order of the data."""
+    """Predicts; rank 0 has all predictions, in the order of the data, the other ranks have none."""
     trainer = make_trainer(job, context)
     allowed = job.model.allow_zero_length_dataloader_with_multiple_devices
     # A worker may have no batch where there are fewer batches than workers.
     job.model.allow_zero_length_dataloader_with_multiple_devices = True
     with local_file(job.checkpoint) as path:
-        mine = trainer.predict(job.model, **job.data, ckpt_path=path, weights_only=job.weights_only)
+        mine = trainer.predict(
+            job.model,
+            **job.data,
+            return_predictions=job.return_predictions,
+            ckpt_path=path,
+            weights_only=job.weights_only,
+        )
     job.model.allow_zero_length_dataloader_with_multiple_devices = allowed
     evaluation = Evaluation(trainer_state=trainer_state(trainer))
-    found: list[Any] = [mine]
-    if trainer.world_size > 1:
-        found = [None] * trainer.world_size
-        torch.distributed.all_gather_object(found, mine)
-    if found[0] is not None and trainer.predict_loop.return_predictions:
+    found = gather(trainer, mine) if trainer.predict_loop.return_predictions else []
+    if found and found[0] is not None:
         several = trainer.predict_loop.num_dataloaders > 1
         ranks = [rank or ([[]] * len(found[0]) if several else []) for rank in found]
         evaluation.predictions = (

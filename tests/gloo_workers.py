@@ -74,6 +74,7 @@ def run(job: Job, num_workers: int) -> Outcome | Evaluation:
         for worker in workers:
             worker.kill()
             worker.join()
+    assert [rank for rank, outcome in outcomes.items() if outcome is not None] in ([], [0])  # Ray would bring it home
     if wrong := [error for error in errors.values() if isinstance(error, RequestError)]:
         raise wrong[0]
     if errors:
@@ -120,7 +121,7 @@ def work(packed: bytes, rank: int, world_size: int, port: int, home: Connection)
         outcome = trainer.fit().return_value
     except Exception as raised:
         error = raised
-    home.send_bytes(cloudpickle.dumps((outcome if rank == 0 else None, error)))
+    home.send_bytes(cloudpickle.dumps((outcome, error)))
 
 
 def die_with_the_tests() -> None:

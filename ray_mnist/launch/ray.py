@@ -38,6 +38,11 @@ RAY_TRAIN_SETTINGS = {
 }
 
 
+def process_group_backend(use_gpu: bool) -> str:
+    """Gradients on GPUs go over NCCL, and objects over the CPU: NCCL would take each of them through the GPU."""
+    return "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
+
+
 def bundle(config: RunConfig) -> dict[str, float]:
     """What one worker needs of one node."""
     return {"CPU": 1, "GPU": 1} if config.use_gpu else {"CPU": 1}
@@ -129,14 +134,16 @@ def follow_freezing(strategy: Any) -> None:
     strategy.configure_ddp, strategy.on_train_batch_start = configure_ddp, on_train_batch_start
 
 
-def train_function(config: dict[str, Any]) -> Outcome | Evaluation:
-    """What each worker process runs."""
+def train_function(config: dict[str, Any]) -> Outcome | Evaluation | None:
+    """What each worker process runs; only rank 0 brings the outcome home, which can be heavy."""
     job: Job = config["job"]
     go_to(config["folder"])
     # One thread for the one CPU that is reserved: workers don't fight over cores, and round alike wherever they run.
     torch.set_num_threads(1)
+    context = RayContext(job, config["use_gpu"])
     try:
-        return run_and_collect(job, RayContext(job, config["use_gpu"]))
+        outcome = run_and_collect(job, context)
+        return outcome if context.context.get_world_rank() == 0 else None
     except Exception as error:
         if "find_unused_parameters" in str(error):
             error = unused_parameters(job.model)
@@ -166,7 +173,7 @@ def launch(
         trainer = trainer_class(
             train_function,
             train_loop_config={"job": job, "use_gpu": config.use_gpu, "folder": this_folder()},
-            torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
+            torch_config=TorchConfig(backend=process_group_backend(config.use_gpu)),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=bundle(config)
             ),
