@@ -17,6 +17,7 @@ from ray_mnist.distributed.loaders import LossWeighting, resumable_loaders, shar
 from ray_mnist.distributed.metrics import MetricSync
 from ray_mnist.distributed.serialization import fingerprints, public_state, sendable
 from ray_mnist.distributed.sharding import interleave
+from ray_mnist.errors import RequestError
 from ray_mnist.run.folder import RunFolder, local_file
 from ray_mnist.run.outcome import Evaluation, Outcome, Row, TrainerState
 from ray_mnist.run.records import metrics_csv
@@ -80,14 +81,32 @@ def run(job: Job, context: WorkerContext) -> Outcome | Evaluation:
 
 
 def run_and_collect(job: Job, context: WorkerContext) -> Outcome | Evaluation:
-    """Does the job in this process, which is not the user's; the outcome has what became of model and helpers."""
+    """Does the job in this process, which is not the user's; the outcome has what became of model and helpers.
+
+    Raises:
+        RequestError: it cannot be done, as it turned out.
+    """
     before = fingerprints(public_state(job.model))
-    outcome = run(job, context)
+    try:
+        outcome = run(job, context)
+    except ValueError as error:
+        if "Expected more than 1 value per channel" in str(error):
+            raise shard_too_small(torch.distributed.get_world_size()) from error
+        raise
     outcome.trainer_state.callbacks_and_loggers = [sendable(vars(item)) for item in job.callbacks_and_loggers]
     state = public_state(job.model)
     now = fingerprints(state)
     outcome.trainer_state.model = {name: value for name, value in state.items() if now[name] != before.get(name)}
     return outcome
+
+
+def shard_too_small(world_size: int) -> RequestError:
+    """What to do where a batch normalisation had one sample only."""
+    return RequestError(
+        f"Batch normalisation cannot train on one sample, which is what a batch left for one of {world_size} workers: "
+        "use drop_last=True if it was the last batch, which is smaller, or a batch_size of at least "
+        f"{2 * world_size}."
+    )
 
 
 def fit(job: Job, context: WorkerContext) -> Outcome:
