@@ -13,10 +13,11 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ray_mnist.callbacks import Mistakes, Randomness, Recorder
 from ray_mnist.distributed.collectives import gather
-from ray_mnist.distributed.loaders import LossWeighting, resumable_loaders, shard_loaders
+from ray_mnist.distributed.loaders import LossWeighting, resumable_loaders
 from ray_mnist.distributed.metrics import MetricSync
 from ray_mnist.distributed.serialization import fingerprints, public_state, sendable
 from ray_mnist.distributed.sharding import interleave
+from ray_mnist.distributed.strategy import shard_loaders
 from ray_mnist.errors import RequestError
 from ray_mnist.run.folder import RunFolder, local_file
 from ray_mnist.run.outcome import Evaluation, Outcome, Row, TrainerState

@@ -19,6 +19,7 @@ from ray.train.torch import TorchConfig
 from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
 from ray_mnist.cli.lightning_arguments import FIND_UNUSED
 from ray_mnist.config import RunConfig
+from ray_mnist.distributed.strategy import FollowsFreezing, extend
 from ray_mnist.errors import RequestError, TrainingError, one_line
 from ray_mnist.launch.connection import environment, go_to, this_folder
 from ray_mnist.launch.failures import Failures, describe_all
@@ -107,31 +108,8 @@ def make_strategy(wanted: Any) -> Any:
         unused = wanted == FIND_UNUSED
         wanted = lightning_integration().RayDDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=unused)
     if isinstance(wanted, DDPStrategy):
-        follow_freezing(wanted)
+        extend(wanted, FollowsFreezing)
     return wanted
-
-
-def follow_freezing(strategy: Any) -> None:
-    """Has DDP begin anew at a batch before which weights were frozen or unfrozen.
-
-    It waits for the gradients of the weights that it began with, and would leave those of others apart.
-    """
-    configure, known = strategy.configure_ddp, set[str]()
-
-    def trainable() -> set[str]:
-        return {name for name, weight in strategy.lightning_module.named_parameters() if weight.requires_grad}
-
-    def configure_ddp() -> None:
-        configure()
-        known.update(trainable())
-
-    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
-        if known != (now := trainable()) and now:
-            known.clear()
-            strategy.model = strategy.lightning_module
-            configure_ddp()
-
-    strategy.configure_ddp, strategy.on_train_batch_start = configure_ddp, on_train_batch_start
 
 
 def train_function(config: dict[str, Any]) -> Outcome | Evaluation | None:
