@@ -7,7 +7,7 @@ its rank in the environment as under torchrun. Only the two things that Ray's co
 import os
 import threading
 from collections.abc import Iterator
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, set_start_method
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ JOB_S = 120  # all that a job may take
 PEERS_S = 10  # what the others may take once one has failed: they notice that it is gone, unless they are stuck
 
 processes = get_context("forkserver")
-# The last are imported by the first step of an optimizer and of DDP.
+# The last is what making an optimizer imports.
 processes.set_forkserver_preload(["ray_mnist.launch.ray", "ray_mnist.trainer", "torch._dynamo"])
 
 
@@ -76,7 +76,7 @@ def run(job: Job, num_workers: int) -> Outcome | Evaluation:
             worker.join()
     assert [rank for rank, outcome in outcomes.items() if outcome is not None] in ([], [0])  # Ray would bring it home
     if wrong := [error for error in errors.values() if isinstance(error, RequestError)]:
-        raise wrong[0]
+        raise RequestError(str(wrong[0]))  # without the note, which is no news
     if errors:
         raise describe_all(errors)
     return outcomes[0]
@@ -106,6 +106,7 @@ def receive(ranks: dict[Connection, int]) -> tuple[dict[int, Any], dict[int, Exc
 def work(packed: bytes, rank: int, world_size: int, port: int, home: Connection) -> None:
     """What the process of each rank runs."""
     threading.Thread(target=die_with_the_tests, daemon=True).start()
+    set_start_method(None, force=True)  # a loader's processes start as everywhere
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # the store is there

@@ -1,4 +1,4 @@
-"""Lightning programs as strangers write them: two Ray workers give what one process gives.
+"""Lightning programs as strangers write them: two workers give what one process gives.
 
 Each program is written for Lightning's Trainer, gets one to make its Trainers with, and returns all that it can see
 afterwards. Data sets have sizes that nothing divides, so that last batches are ragged and shares unequal.
@@ -1059,7 +1059,7 @@ def test_one_process_gives_what_lightning_gives(name: str, tmp_path: Path) -> No
         same(theirs, ours, 1e-6, name)
 
 
-def test_weights_that_the_loss_does_not_reach_are_named_with_the_way_out(cluster: None, tmp_path: Path) -> None:
+def test_weights_that_the_loss_does_not_reach_are_named_with_the_way_out(gloo: None, tmp_path: Path) -> None:
     trainer = Trainer(max_epochs=1, num_workers=2, storage_path=str(tmp_path), name="run")
     with pytest.raises(
         RequestError,

@@ -52,12 +52,9 @@ def loader(batch_size: int = 100, size: int = SIZE) -> DataLoader[Any]:
     return DataLoader(TensorDataset(VALUES[:size]), batch_size=batch_size)
 
 
-some_and_all = [3, *(pytest.param(workers, marks=pytest.mark.slow) for workers in (1, 2, 4))]
-
-
-@pytest.mark.parametrize("num_workers", [0, *some_and_all])
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("task", ["validate", "test"])
-def test_every_sample_is_evaluated_once(task: str, num_workers: int, cluster: None, tmp_path: Path) -> None:
+def test_every_sample_is_evaluated_once(task: str, num_workers: int, gloo: None, tmp_path: Path) -> None:
     trainer = Trainer(num_workers=num_workers, storage_path=str(tmp_path / "runs"))
     (metrics,) = getattr(trainer, task)(Sums(), loader(), verbose=False)
     exact = {"count": SIZE, "sum": VALUES.sum().item(), "largest": VALUES.max().item(), "mean": VALUES.mean().item()}
@@ -71,8 +68,8 @@ def test_every_sample_is_evaluated_once(task: str, num_workers: int, cluster: No
     assert not list(tmp_path.glob("runs/*"))
 
 
-@pytest.mark.parametrize("num_workers", [0, *some_and_all])
-def test_predictions_come_in_the_order_of_the_data_each_once(num_workers: int, cluster: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3, 4])
+def test_predictions_come_in_the_order_of_the_data_each_once(num_workers: int, gloo: None, tmp_path: Path) -> None:
     trainer = Trainer(num_workers=num_workers, storage_path=str(tmp_path / "runs"))
     predictions = trainer.predict(Sums(), [loader(), loader(1000, size=2)])
     assert predictions is not None
@@ -83,10 +80,10 @@ def test_predictions_come_in_the_order_of_the_data_each_once(num_workers: int, c
     assert not list(tmp_path.glob("runs/*"))
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(("limit", "batches"), [(3, 3), (0.5, 5), (1.0, 11)])
 def test_a_limit_on_predictions_is_for_all_workers_together(
-    limit: float, batches: int, num_workers: int, cluster: None, tmp_path: Path
+    limit: float, batches: int, num_workers: int, gloo: None, tmp_path: Path
 ) -> None:
     trainer = Trainer(num_workers=num_workers, storage_path=str(tmp_path), limit_predict_batches=limit)
     predictions = trainer.predict(Sums(), loader())
@@ -132,8 +129,8 @@ class Noting(SimpleModel):
         self.notes.append(self.trainer.current_epoch)
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_fit_then_test_then_predict_then_fit_again(num_workers: int, cluster: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_fit_then_test_then_predict_then_fit_again(num_workers: int, gloo: None, tmp_path: Path) -> None:
     pl.seed_everything(5, verbose=False)
     remembers, model, datamodule = Remembers(), Noting(), MNISTDataModule("digits")
     before = model.net[1].weight.clone()
