@@ -17,9 +17,9 @@ from ray_mnist.distributed.loaders import LossWeighting, resumable_loaders
 from ray_mnist.distributed.metrics import MetricSync
 from ray_mnist.distributed.serialization import fingerprints, public_state, sendable
 from ray_mnist.distributed.sharding import interleave
-from ray_mnist.distributed.strategy import shard_loaders
+from ray_mnist.distributed.strategy import LoadsOncePerNode, extend, shard_loaders
 from ray_mnist.errors import RequestError
-from ray_mnist.run.folder import RunFolder, local_file
+from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row, TrainerState
 from ray_mnist.run.records import metrics_csv
 
@@ -68,9 +68,6 @@ class WorkerContext(Protocol):
 
     def report(self, metrics: Row, name: str, checkpoint: Path | None) -> None:
         """Takes in a checkpoint (on rank 0; None elsewhere). All ranks call it, together."""
-
-    def broadcast(self, value: str | None) -> str | None:
-        """Rank 0's value, on every rank."""
 
 
 def run(job: Job, context: WorkerContext) -> Outcome | Evaluation:
@@ -125,11 +122,11 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
     recorder = Recorder(report, job.checkpoint_every_n_steps, monitor, mode)
     mistakes = Mistakes()
     trainer = make_trainer(job, context, recorder, mistakes)
-    newest = context.broadcast(next(iter(folder.checkpoints()), None))
+    newest = trainer.strategy.broadcast(next(iter(folder.checkpoints()), None) if trainer.is_global_zero else None)
+    path = folder.location(newest) if newest else job.checkpoint
     clock = time.monotonic()
-    with folder.local_checkpoint(newest) if newest else local_file(job.checkpoint) as path:
-        # weights_only would refuse hyperparameters that are objects; the run's own file may be trusted with them.
-        trainer.fit(job.model, **job.data, ckpt_path=path, weights_only=False if newest else job.weights_only)
+    # weights_only would refuse hyperparameters that are objects; the run's own file may be trusted with them.
+    trainer.fit(job.model, **job.data, ckpt_path=path, weights_only=False if newest else job.weights_only)
     outcome = Outcome(
         trainer_state=trainer_state(trainer),
         device=device_name(trainer),
@@ -143,9 +140,8 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
     )
     if outcome.best_checkpoint and can_test(job):
         clock = time.monotonic()
-        datamodule = job.data.get("datamodule")
-        with folder.local_checkpoint(outcome.best_checkpoint) as path:
-            tested = trainer.test(job.model, datamodule=datamodule, ckpt_path=path, verbose=False, weights_only=False)
+        datamodule, best = job.data.get("datamodule"), folder.location(outcome.best_checkpoint)
+        tested = trainer.test(job.model, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=False)
         outcome.test_seconds = time.monotonic() - clock
         outcome.test_metrics = [dict(metrics) for metrics in tested]
         outcome.test_samples = mistakes.samples
@@ -156,10 +152,9 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
 def evaluate(job: Job, context: WorkerContext) -> Evaluation:
     """Validates or tests; the metrics are totals over all workers."""
     trainer = make_trainer(job, context)
-    with local_file(job.checkpoint) as path:
-        metrics = getattr(trainer, job.task)(
-            job.model, **job.data, ckpt_path=path, verbose=False, weights_only=job.weights_only
-        )
+    metrics = getattr(trainer, job.task)(
+        job.model, **job.data, ckpt_path=job.checkpoint, verbose=False, weights_only=job.weights_only
+    )
     return Evaluation(trainer_state=trainer_state(trainer), metrics=[dict(each) for each in metrics])
 
 
@@ -169,14 +164,13 @@ def predict(job: Job, context: WorkerContext) -> Evaluation:
     allowed = job.model.allow_zero_length_dataloader_with_multiple_devices
     # A worker may have no batch where there are fewer batches than workers.
     job.model.allow_zero_length_dataloader_with_multiple_devices = True
-    with local_file(job.checkpoint) as path:
-        mine = trainer.predict(
-            job.model,
-            **job.data,
-            return_predictions=job.return_predictions,
-            ckpt_path=path,
-            weights_only=job.weights_only,
-        )
+    mine = trainer.predict(
+        job.model,
+        **job.data,
+        return_predictions=job.return_predictions,
+        ckpt_path=job.checkpoint,
+        weights_only=job.weights_only,
+    )
     job.model.allow_zero_length_dataloader_with_multiple_devices = allowed
     evaluation = Evaluation(trainer_state=trainer_state(trainer))
     found = gather(trainer, mine) if trainer.predict_loop.return_predictions else []
@@ -204,6 +198,7 @@ def make_trainer(job: Job, context: WorkerContext, *callbacks: pl.Callback) -> p
     with_context = arguments | context.trainer_arguments() | {"use_distributed_sampler": False}
     trainer = pl.Trainer(**with_context)
     shard_loaders(trainer, job.seed, presharded)
+    extend(trainer.strategy, LoadsOncePerNode)
     metric_sync.attach(trainer)
     return trainer
 

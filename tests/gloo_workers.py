@@ -43,12 +43,6 @@ class GlooContext(launch.RayContext):
             self.job.folder.add_checkpoint(checkpoint, name)
         dist.barrier()
 
-    def broadcast(self, value: str | None) -> str | None:
-        """Rank 0's value, on every rank."""
-        found = [value]
-        dist.broadcast_object_list(found)
-        return found[0]
-
 
 def on_gloo(job: Job, config: RunConfig) -> Iterator[tuple[str, Any]]:
     """In place of `select.on_ray`."""

@@ -1,12 +1,17 @@
 """What is added to a strategy, whoever made it, Lightning, Ray or the user: a subclass of its class takes it over."""
 
+import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import pyarrow.fs
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from ray_mnist.distributed.loaders import shard_loader
+from ray_mnist.run.folder import fetched, scratch_path
 
 
 def extend(strategy: Any, mixin: type[Any], **attributes: Any) -> None:
@@ -67,3 +72,31 @@ class FollowsFreezing(DDPStrategy):
         if self.known != (now := self._trainable()) and now:
             self.model = self.lightning_module
             self.configure_ddp()
+
+
+class LoadsOncePerNode(Strategy):
+    """Has a checkpoint in an object store downloaded once on each node, and there only while it is being loaded."""
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Loads it, from a path or a URI."""
+        with on_each_node(self, str(checkpoint_path)) as path:
+            return super().load_checkpoint(path, weights_only)
+
+
+@contextmanager
+def on_each_node(strategy: Any, location: str) -> Iterator[str]:
+    """The file at a path or URI as a path that is the same on all nodes, as FSDP needs it, for the time of the `with`.
+
+    The first rank of each node downloads; the others wait for as long as a collective may take.
+    """
+    if "://" not in location:
+        yield location
+        return
+    fs, path = pyarrow.fs.FileSystem.from_uri(location)
+    folder = strategy.broadcast(scratch_path())
+    with ExitStack() as copy:
+        if strategy.local_rank == 0:
+            copy.enter_context(fetched(fs, path, folder))
+        strategy.barrier()
+        yield os.path.join(folder, os.path.basename(path))
+        strategy.barrier()  # the others may be reading still

@@ -13,7 +13,6 @@ import ray.train
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 from ray.exceptions import RayError
-from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig
 
 from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
@@ -75,11 +74,6 @@ class RayContext:
 
         attached = None if checkpoint is None else ray.train.Checkpoint.from_directory(checkpoint)
         ray.train.report(metrics, attached, checkpoint_dir_name=name, checkpoint_upload_fn=upload)
-
-    def broadcast(self, value: str | None) -> str | None:
-        """Rank 0's value, on every rank."""
-        agreed: str | None = broadcast_from_rank_zero(value)
-        return agreed
 
 
 def lightning_integration() -> Any:
