@@ -7,6 +7,7 @@ import math
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from ray_mnist.distributed.collectives import gather, total
 from ray_mnist.distributed.loaders import samples_seen
 from ray_mnist.run.folder import CHECKPOINT, checkpoint_name
 from ray_mnist.run.outcome import Row
@@ -152,48 +153,47 @@ class Randomness(Callback):
 
 
 class Mistakes(Callback):
-    """Counts the test samples and, where `test_step` returns `logits`, finds confusion and the worst mistakes."""
+    """Counts the test samples and, where `test_step` returns `logits`, finds confusion and the worst mistakes.
+
+    After the test rank 0 has those of all ranks: `confusion`, how often each pair of label and prediction occurred
+    among `classes` classes, and `worst`, the mistakes that the model was surest of.
+    """
 
     def __init__(self, keep: int = 25) -> None:
         self.keep = keep
-        self.samples = 0
-        self.confusion: Tensor | None = None
+        self.samples = self.classes = 0
+        self.confusion = Counter[tuple[int, int]]()
         self.worst: list[dict[str, Any]] = []
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Adds the batch."""
-        if not (isinstance(outputs, dict) and "logits" in outputs and is_labelled(batch)):
+        if not (isinstance(outputs, dict) and is_labelled(batch) and is_multiclass(outputs.get("logits"))):
             return
         (images, labels), logits = batch, outputs["logits"]
-        confusion = multiclass_confusion_matrix(logits, labels, num_classes=logits.shape[1])
-        self.confusion = confusion if self.confusion is None else self.confusion + confusion
+        self.classes = logits.shape[1]
         chance, predicted = logits.softmax(dim=1).max(dim=1)
+        # Pairs, and not a matrix of all classes, which may be many. A label may be none of them, to be ignored.
+        pairs = zip(labels.tolist(), predicted.tolist(), strict=True)
+        self.confusion.update(pair for pair in pairs if 0 <= pair[0] < self.classes)
         # As many as are kept, right ones last: a number of its own for each batch would be compiled anew on a TPU.
         sureness, worst = chance.masked_fill(predicted == labels, -1).topk(min(self.keep, len(labels)))
         found = (images[worst].float(), labels[worst], predicted[worst], sureness)
         self.worst += [
             {"image": image.numpy(), "label": int(label), "predicted": int(guess), "chance": float(chance)}
             for image, label, guess, chance in zip(*(each.cpu() for each in found), strict=True)
-            if chance >= 0
+            if chance >= 0 and 0 <= label < self.classes
         ]
         self._sort()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Brings the ranks' findings together on every rank."""
+        """Brings the ranks' findings together on rank 0."""
         self.samples = total(trainer, samples_seen(trainer.test_dataloaders))
-        if self.confusion is None or trainer.world_size == 1:
-            return
-        self.confusion = trainer.strategy.reduce(self.confusion, reduce_op="sum")
-        found: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(found, self.worst)
-        self.worst = [mistake for rank in found for mistake in rank]
+        found = gather(trainer, (self.confusion, self.worst))
+        self.confusion = sum((confusion for confusion, _ in found), Counter())
+        self.worst = [mistake for _, worst in found for mistake in worst]
         self._sort()
-
-    def confusion_counts(self) -> list[list[int]] | None:
-        """Row: the label; column: what was predicted."""
-        return None if self.confusion is None else self.confusion.tolist()
 
     def _sort(self) -> None:
         self.worst = sorted(self.worst, key=lambda mistake: -mistake["chance"])[: self.keep]
@@ -206,6 +206,6 @@ def is_labelled(batch: Any) -> bool:
     return batch[1].ndim == 1 and not batch[1].is_floating_point()
 
 
-def total(trainer: Trainer, count: int) -> int:
-    """The sum of `count` over all ranks."""
-    return int(trainer.strategy.reduce(torch.tensor(count, device=trainer.strategy.root_device), reduce_op="sum"))
+def is_multiclass(logits: Any) -> bool:
+    """Whether these are the logits of samples that belong to one of several classes each."""
+    return isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] > 1

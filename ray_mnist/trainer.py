@@ -173,8 +173,8 @@ class Trainer:
         See `validate` for the arguments.
         """
         data = data_of(datamodule, dataloaders=dataloaders)
-        evaluation = self._run("predict", model, data, ckpt_path, weights_only)
-        return None if return_predictions is False else evaluation.predictions
+        more = {"return_predictions": return_predictions}
+        return self._run("predict", model, data, ckpt_path, weights_only, **more).predictions
 
     # What it shows afterwards
 
@@ -233,7 +233,9 @@ class Trainer:
         taken = self._fits and not self.config.resume and RunFolder(self.config.storage_path, name).exists()
         return f"{name}-{self._fits + 1}" if taken else name
 
-    def _job(self, task: str, model: Any, data: Any, name: str, ckpt_path: Any, weights_only: bool | None) -> Job:
+    def _job(
+        self, task: str, model: Any, data: Any, name: str, ckpt_path: Any, weights_only: bool | None, **more: Any
+    ) -> Job:
         checkpoint = self._checkpoint(ckpt_path)
         own = ckpt_path in ("best", "last") and checkpoint is not None
         return Job(
@@ -247,6 +249,7 @@ class Trainer:
             checkpoint=checkpoint,
             weights_only=False if own else weights_only,
             lightning=self.lightning,
+            **more,
         )
 
     def _checkpoint(self, ckpt_path: str | Path | None) -> str | None:
@@ -277,7 +280,9 @@ class Trainer:
             console.say(f"{task}  " + "  ".join(f"{name} {value:.4f}" for name, value in loader.items()))
         return metrics
 
-    def _run(self, task: str, model: Any, data: dict[str, Any], ckpt_path: Any, weights_only: Any) -> Evaluation:
+    def _run(
+        self, task: str, model: Any, data: dict[str, Any], ckpt_path: Any, weights_only: Any, **more: Any
+    ) -> Evaluation:
         """Does a task that is not `fit`, in a folder that is gone afterwards."""
         ckpt_path = "best" if model is None and ckpt_path is None else ckpt_path
         model, data = model or self.lightning_module, data or self._data
@@ -285,7 +290,7 @@ class Trainer:
             raise RequestError(f"{task} needs a model: give it one, or call fit first.")
         data = data if "datamodule" in data or "dataloaders" in data else {}
         check_kind(model, data)
-        job = self._job(task, model, data, f".{task}-{uuid.uuid4().hex}", ckpt_path, weights_only)
+        job = self._job(task, model, data, f".{task}-{uuid.uuid4().hex}", ckpt_path, weights_only, **more)
         try:
             with console.quiet(), prepare(job, self.config) as (_, launch):
                 self._check_data(data)

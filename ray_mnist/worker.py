@@ -12,11 +12,14 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ray_mnist.callbacks import Mistakes, Randomness, Recorder
-from ray_mnist.distributed.loaders import LossWeighting, resumable_loaders, shard_loaders
+from ray_mnist.distributed.collectives import gather
+from ray_mnist.distributed.loaders import LossWeighting, resumable_loaders
 from ray_mnist.distributed.metrics import MetricSync
 from ray_mnist.distributed.serialization import fingerprints, public_state, sendable
 from ray_mnist.distributed.sharding import interleave
-from ray_mnist.run.folder import RunFolder, local_file
+from ray_mnist.distributed.strategy import LoadsOncePerNode, extend, shard_loaders
+from ray_mnist.errors import RequestError
+from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row, TrainerState
 from ray_mnist.run.records import metrics_csv
 
@@ -27,7 +30,8 @@ class Job:
 
     `task` is fit, validate, test or predict; `data` has the arguments that give Lightning's method of that name its
     data; `checkpoint` is the path or URI of the one to start from; `monitor` is the metric that chooses the best
-    checkpoint, and its mode, if not the ModelCheckpoint's of the user; `with_test` has a fit end in the test.
+    checkpoint, and its mode, if not the ModelCheckpoint's of the user; `with_test` has a fit end in the test;
+    `return_predictions` is what Lightning's `predict` makes of it.
     """
 
     task: str
@@ -41,6 +45,7 @@ class Job:
     weights_only: bool | None = None
     monitor: tuple[str, str] | None = None
     with_test: bool = True
+    return_predictions: bool | None = None
     lightning: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -64,9 +69,6 @@ class WorkerContext(Protocol):
     def report(self, metrics: Row, name: str, checkpoint: Path | None) -> None:
         """Takes in a checkpoint (on rank 0; None elsewhere). All ranks call it, together."""
 
-    def broadcast(self, value: str | None) -> str | None:
-        """Rank 0's value, on every rank."""
-
 
 def run(job: Job, context: WorkerContext) -> Outcome | Evaluation:
     """Does the job's task."""
@@ -77,14 +79,32 @@ def run(job: Job, context: WorkerContext) -> Outcome | Evaluation:
 
 
 def run_and_collect(job: Job, context: WorkerContext) -> Outcome | Evaluation:
-    """Does the job in this process, which is not the user's; the outcome has what became of model and helpers."""
+    """Does the job in this process, which is not the user's; the outcome has what became of model and helpers.
+
+    Raises:
+        RequestError: it cannot be done, as it turned out.
+    """
     before = fingerprints(public_state(job.model))
-    outcome = run(job, context)
+    try:
+        outcome = run(job, context)
+    except ValueError as error:
+        if "Expected more than 1 value per channel" in str(error):
+            raise shard_too_small(torch.distributed.get_world_size()) from error
+        raise
     outcome.trainer_state.callbacks_and_loggers = [sendable(vars(item)) for item in job.callbacks_and_loggers]
     state = public_state(job.model)
     now = fingerprints(state)
     outcome.trainer_state.model = {name: value for name, value in state.items() if now[name] != before.get(name)}
     return outcome
+
+
+def shard_too_small(world_size: int) -> RequestError:
+    """What to do where a batch normalisation had one sample only."""
+    return RequestError(
+        f"Batch normalisation cannot train on one sample, which is what a batch left for one of {world_size} workers: "
+        "use drop_last=True if it was the last batch, which is smaller, or a batch_size of at least "
+        f"{2 * world_size}."
+    )
 
 
 def fit(job: Job, context: WorkerContext) -> Outcome:
@@ -102,11 +122,11 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
     recorder = Recorder(report, job.checkpoint_every_n_steps, monitor, mode)
     mistakes = Mistakes()
     trainer = make_trainer(job, context, recorder, mistakes)
-    newest = context.broadcast(next(iter(folder.checkpoints()), None))
+    newest = trainer.strategy.broadcast(next(iter(folder.checkpoints()), None) if trainer.is_global_zero else None)
+    path = folder.location(newest) if newest else job.checkpoint
     clock = time.monotonic()
-    with folder.local_checkpoint(newest) if newest else local_file(job.checkpoint) as path:
-        # weights_only would refuse hyperparameters that are objects; the run's own file may be trusted with them.
-        trainer.fit(job.model, **job.data, ckpt_path=path, weights_only=False if newest else job.weights_only)
+    # weights_only would refuse hyperparameters that are objects; the run's own file may be trusted with them.
+    trainer.fit(job.model, **job.data, ckpt_path=path, weights_only=False if newest else job.weights_only)
     outcome = Outcome(
         trainer_state=trainer_state(trainer),
         device=device_name(trainer),
@@ -120,41 +140,41 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
     )
     if outcome.best_checkpoint and can_test(job):
         clock = time.monotonic()
-        datamodule = job.data.get("datamodule")
-        with folder.local_checkpoint(outcome.best_checkpoint) as path:
-            tested = trainer.test(job.model, datamodule=datamodule, ckpt_path=path, verbose=False, weights_only=False)
+        datamodule, best = job.data.get("datamodule"), folder.location(outcome.best_checkpoint)
+        tested = trainer.test(job.model, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=False)
         outcome.test_seconds = time.monotonic() - clock
         outcome.test_metrics = [dict(metrics) for metrics in tested]
         outcome.test_samples = mistakes.samples
-        outcome.confusion, outcome.mistakes = mistakes.confusion_counts(), mistakes.worst
+        outcome.classes, outcome.confusion, outcome.mistakes = mistakes.classes, mistakes.confusion, mistakes.worst
     return outcome
 
 
 def evaluate(job: Job, context: WorkerContext) -> Evaluation:
     """Validates or tests; the metrics are totals over all workers."""
     trainer = make_trainer(job, context)
-    with local_file(job.checkpoint) as path:
-        metrics = getattr(trainer, job.task)(
-            job.model, **job.data, ckpt_path=path, verbose=False, weights_only=job.weights_only
-        )
+    metrics = getattr(trainer, job.task)(
+        job.model, **job.data, ckpt_path=job.checkpoint, verbose=False, weights_only=job.weights_only
+    )
     return Evaluation(trainer_state=trainer_state(trainer), metrics=[dict(each) for each in metrics])
 
 
 def predict(job: Job, context: WorkerContext) -> Evaluation:
-    """Predicts; rank 0 has all predictions, in the order of the data."""
+    """Predicts; rank 0 has all predictions, in the order of the data, the other ranks have none."""
     trainer = make_trainer(job, context)
     allowed = job.model.allow_zero_length_dataloader_with_multiple_devices
     # A worker may have no batch where there are fewer batches than workers.
     job.model.allow_zero_length_dataloader_with_multiple_devices = True
-    with local_file(job.checkpoint) as path:
-        mine = trainer.predict(job.model, **job.data, ckpt_path=path, weights_only=job.weights_only)
+    mine = trainer.predict(
+        job.model,
+        **job.data,
+        return_predictions=job.return_predictions,
+        ckpt_path=job.checkpoint,
+        weights_only=job.weights_only,
+    )
     job.model.allow_zero_length_dataloader_with_multiple_devices = allowed
     evaluation = Evaluation(trainer_state=trainer_state(trainer))
-    found: list[Any] = [mine]
-    if trainer.world_size > 1:
-        found = [None] * trainer.world_size
-        torch.distributed.all_gather_object(found, mine)
-    if found[0] is not None and trainer.predict_loop.return_predictions:
+    found = gather(trainer, mine) if trainer.predict_loop.return_predictions else []
+    if found and found[0] is not None:
         several = trainer.predict_loop.num_dataloaders > 1
         ranks = [rank or ([[]] * len(found[0]) if several else []) for rank in found]
         evaluation.predictions = (
@@ -178,6 +198,7 @@ def make_trainer(job: Job, context: WorkerContext, *callbacks: pl.Callback) -> p
     with_context = arguments | context.trainer_arguments() | {"use_distributed_sampler": False}
     trainer = pl.Trainer(**with_context)
     shard_loaders(trainer, job.seed, presharded)
+    extend(trainer.strategy, LoadsOncePerNode)
     metric_sync.attach(trainer)
     return trainer
 

@@ -43,12 +43,6 @@ class GlooContext(launch.RayContext):
             self.job.folder.add_checkpoint(checkpoint, name)
         dist.barrier()
 
-    def broadcast(self, value: str | None) -> str | None:
-        """Rank 0's value, on every rank."""
-        found = [value]
-        dist.broadcast_object_list(found)
-        return found[0]
-
 
 def on_gloo(job: Job, config: RunConfig) -> Iterator[tuple[str, Any]]:
     """In place of `select.on_ray`."""
@@ -74,6 +68,7 @@ def run(job: Job, num_workers: int) -> Outcome | Evaluation:
         for worker in workers:
             worker.kill()
             worker.join()
+    assert [rank for rank, outcome in outcomes.items() if outcome is not None] in ([], [0])  # Ray would bring it home
     if wrong := [error for error in errors.values() if isinstance(error, RequestError)]:
         raise RequestError(str(wrong[0]))  # without the note, which is no news
     if errors:
@@ -121,7 +116,7 @@ def work(packed: bytes, rank: int, world_size: int, port: int, home: Connection)
         outcome = trainer.fit().return_value
     except Exception as raised:
         error = raised
-    home.send_bytes(cloudpickle.dumps((outcome if rank == 0 else None, error)))
+    home.send_bytes(cloudpickle.dumps((outcome, error)))
 
 
 def die_with_the_tests() -> None:

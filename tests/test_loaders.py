@@ -37,10 +37,10 @@ from ray_mnist.distributed.loaders import (
     same_on_all_ranks,
     samples_seen,
     shard_loader,
-    shard_loaders,
     training_position,
 )
 from ray_mnist.distributed.sharding import interleave, shard_evaluation, shard_training
+from ray_mnist.distributed.strategy import shard_loaders
 
 pytestmark = [
     pytest.mark.timeout(120),

@@ -1076,3 +1076,20 @@ def test_weights_that_the_loss_does_not_reach_are_named_with_the_way_out(gloo: N
     ):
         trainer.fit(LitUnused(), DataLoader(clusters(38), batch_size=7))
     assert not (tmp_path / "run").exists()
+
+
+class LitNormalised(LitClassifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.BatchNorm1d(8), self.net)
+
+
+def test_a_shard_too_small_to_normalise_is_refused_with_the_way_out(gloo: None, tmp_path: Path) -> None:
+    trainer = Trainer(max_epochs=1, num_workers=2, storage_path=str(tmp_path), name="run")
+    with pytest.raises(RequestError) as refusal:
+        trainer.fit(LitNormalised(), DataLoader(clusters(7), batch_size=4))  # the last batch: 2 samples and 1
+    assert str(refusal.value) == (
+        "Batch normalisation cannot train on one sample, which is what a batch left for one of 2 workers: use "
+        "drop_last=True if it was the last batch, which is smaller, or a batch_size of at least 4."
+    )
+    assert not (tmp_path / "run").exists()

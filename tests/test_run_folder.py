@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,38 @@ def test_only_the_named_checkpoints_are_kept(folder: RunFolder, saved: Callable[
     assert folder.checkpoints() == [checkpoint_name(4), checkpoint_name(2)]
     folder.keep_only(checkpoint_name(4), None)
     assert names(folder) == {checkpoint_name(4), "checkpoint_notes.txt", "plots"}
+
+
+def killed_with_a_copy_at_hand(folder: RunFolder, name: str) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            with folder.local_checkpoint(name):
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(3)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def test_a_copy_is_gone_with_its_use_and_one_of_a_killed_process_with_the_next(
+    saved: Callable[[float], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = in_memory()
+    folder.add_checkpoint(saved(1), checkpoint_name(1))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    copies = (tmp_path / "temporary").iterdir
+    assert weight(folder, checkpoint_name(1)) == 1
+    assert not list(copies())
+    killed_with_a_copy_at_hand(folder, checkpoint_name(1))
+    assert len(list(copies())) == 1
+    with folder.local_checkpoint(checkpoint_name(1)) as path:
+        assert path is not None
+        assert [copy.name for copy in copies()] == [Path(path).parent.name]
+        assert weight(folder, checkpoint_name(1)) == 1  # what is in use is not cleared away
+        assert Path(path).is_file()
+    assert not list(copies())
 
 
 # Tables

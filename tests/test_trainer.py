@@ -91,6 +91,18 @@ def test_a_limit_on_predictions_is_for_all_workers_together(
     assert torch.equal(torch.cat([doubled for doubled, _ in predictions]), 2 * VALUES[: batches * 100])
 
 
+class Unsendable(Sums):
+    """Does something else with its predictions than to hand them over."""
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return lambda: batch
+
+
+def test_predictions_that_nobody_wants_are_not_gathered(gloo: None, tmp_path: Path) -> None:
+    trainer = Trainer(num_workers=2, storage_path=str(tmp_path))
+    assert trainer.predict(Unsendable(), loader(), return_predictions=False) is None
+
+
 class Remembers(pl.Callback):
     """Collects what a person would plot afterwards."""
 

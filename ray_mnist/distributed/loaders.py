@@ -4,7 +4,6 @@ import copy
 import io
 import pickle
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count, islice
@@ -210,21 +209,6 @@ def batch_size_of(batch: Any) -> int:
         return extract_batch_size(batch)
     except MisconfigurationException:
         return 0
-
-
-def shard_loaders(trainer: pl.Trainer, seed: int, presharded: bool) -> None:
-    """Has each of the trainer's loaders sharded among its workers, or left `presharded` but for where it begins."""
-    strategy: Any = trainer.strategy
-    process, limit = strategy.process_dataloader, trainer.limit_predict_batches
-    trainer.limit_predict_batches = 1.0  # the limit is for all workers together, and kept here
-    seen: Counter[Any] = Counter()
-
-    def process_sharded(loader: Any) -> Any:
-        where = trainer.state.stage, trainer.current_epoch  # so that reloaded loaders have the numbers they had
-        seen[where] += 1
-        return process(shard_loader(trainer, loader, seed, presharded, limit, seen[where] - 1))
-
-    strategy.process_dataloader = process_sharded
 
 
 def shard_loader(

@@ -29,10 +29,6 @@ class LocalContext:
         assert checkpoint is not None
         self.job.folder.add_checkpoint(checkpoint, name)
 
-    def broadcast(self, value: str | None) -> str | None:
-        """There is nobody to disagree."""
-        return value
-
 
 def launch(job: Job, context: WorkerContext) -> Outcome | Evaluation:
     """Does the job here."""

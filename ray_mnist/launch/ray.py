@@ -13,12 +13,12 @@ import ray.train
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 from ray.exceptions import RayError
-from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig
 
 from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
 from ray_mnist.cli.lightning_arguments import FIND_UNUSED
 from ray_mnist.config import RunConfig
+from ray_mnist.distributed.strategy import FollowsFreezing, extend
 from ray_mnist.errors import RequestError, TrainingError, one_line
 from ray_mnist.launch.connection import environment, go_to, this_folder
 from ray_mnist.launch.failures import Failures, describe_all
@@ -36,6 +36,11 @@ RAY_TRAIN_SETTINGS = {
     # How often Ray looks whether the workers are done or dead: 2 s would be added to every run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
+
+
+def process_group_backend(use_gpu: bool) -> str:
+    """Gradients on GPUs go over NCCL, and objects over the CPU: NCCL would take each of them through the GPU."""
+    return "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
 
 
 def bundle(config: RunConfig) -> dict[str, float]:
@@ -70,11 +75,6 @@ class RayContext:
         attached = None if checkpoint is None else ray.train.Checkpoint.from_directory(checkpoint)
         ray.train.report(metrics, attached, checkpoint_dir_name=name, checkpoint_upload_fn=upload)
 
-    def broadcast(self, value: str | None) -> str | None:
-        """Rank 0's value, on every rank."""
-        agreed: str | None = broadcast_from_rank_zero(value)
-        return agreed
-
 
 def lightning_integration() -> Any:
     """The module `ray.train.lightning`, with strategies and cluster environment as classes of `pytorch_lightning`.
@@ -102,41 +102,20 @@ def make_strategy(wanted: Any) -> Any:
         unused = wanted == FIND_UNUSED
         wanted = lightning_integration().RayDDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=unused)
     if isinstance(wanted, DDPStrategy):
-        follow_freezing(wanted)
+        extend(wanted, FollowsFreezing)
     return wanted
 
 
-def follow_freezing(strategy: Any) -> None:
-    """Has DDP begin anew at a batch before which weights were frozen or unfrozen.
-
-    It waits for the gradients of the weights that it began with, and would leave those of others apart.
-    """
-    configure, known = strategy.configure_ddp, set[str]()
-
-    def trainable() -> set[str]:
-        return {name for name, weight in strategy.lightning_module.named_parameters() if weight.requires_grad}
-
-    def configure_ddp() -> None:
-        configure()
-        known.update(trainable())
-
-    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
-        if known != (now := trainable()) and now:
-            known.clear()
-            strategy.model = strategy.lightning_module
-            configure_ddp()
-
-    strategy.configure_ddp, strategy.on_train_batch_start = configure_ddp, on_train_batch_start
-
-
-def train_function(config: dict[str, Any]) -> Outcome | Evaluation:
-    """What each worker process runs."""
+def train_function(config: dict[str, Any]) -> Outcome | Evaluation | None:
+    """What each worker process runs; only rank 0 brings the outcome home, which can be heavy."""
     job: Job = config["job"]
     go_to(config["folder"])
     # One thread for the one CPU that is reserved: workers don't fight over cores, and round alike wherever they run.
     torch.set_num_threads(1)
+    context = RayContext(job, config["use_gpu"])
     try:
-        return run_and_collect(job, RayContext(job, config["use_gpu"]))
+        outcome = run_and_collect(job, context)
+        return outcome if context.context.get_world_rank() == 0 else None
     except Exception as error:
         if "find_unused_parameters" in str(error):
             error = unused_parameters(job.model)
@@ -166,7 +145,7 @@ def launch(
         trainer = trainer_class(
             train_function,
             train_loop_config={"job": job, "use_gpu": config.use_gpu, "folder": this_folder()},
-            torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
+            torch_config=TorchConfig(backend=process_group_backend(config.use_gpu)),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=bundle(config)
             ),

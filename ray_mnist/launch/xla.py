@@ -115,13 +115,6 @@ class XLAContext(local.LocalContext):
         if checkpoint is not None:
             super().report(metrics, name, checkpoint)
 
-    def broadcast(self, value: str | None) -> str | None:
-        """Rank 0's value, on every rank."""
-        found = [value]
-        if dist.is_initialized():
-            dist.broadcast_object_list(found)
-        return found[0]
-
 
 def launch(job: Job, cores: int) -> Outcome | Evaluation:
     """Does the job on one core of this host, or on all.

@@ -1,5 +1,6 @@
 """The run folder: checkpoints, metrics and result, in a local folder or in an object store."""
 
+import fcntl
 import os
 import posixpath
 import shutil
@@ -16,6 +17,7 @@ import pyarrow.fs
 from ray_mnist.errors import RequestError, one_line
 
 CHECKPOINT = "checkpoint.ckpt"
+SCRATCH = "ray_mnist-copy-"  # what the names of temporary folders begin with
 
 
 def checkpoint_name(step: int) -> str:
@@ -118,7 +120,8 @@ class RunFolder:
 
     def location(self, checkpoint: str) -> str:
         """The path or URI of the checkpoint's file, good wherever the storage path is."""
-        return posixpath.join(self.storage_path, self.name, checkpoint, CHECKPOINT)
+        file = posixpath.join(checkpoint, CHECKPOINT)
+        return self.at(file) if self.is_local else posixpath.join(self.storage_path, self.name, file)
 
     @contextmanager
     def local_checkpoint(self, name: str | None) -> Iterator[str | None]:
@@ -133,15 +136,6 @@ class RunFolder:
 
 
 @contextmanager
-def fetched(fs: Any, path: str) -> Iterator[str]:
-    """A local copy of a file, for the time of the `with`."""
-    with tempfile.TemporaryDirectory(prefix="ray_mnist-") as folder:
-        local = os.path.join(folder, posixpath.basename(path))
-        pyarrow.fs.copy_files(path, local, source_filesystem=fs)
-        yield local
-
-
-@contextmanager
 def local_file(location: str | None) -> Iterator[str | None]:
     """The file at a path or URI as a local path, for the time of the `with`."""
     if location is None or "://" not in location:
@@ -149,3 +143,49 @@ def local_file(location: str | None) -> Iterator[str | None]:
     else:
         with fetched(*pyarrow.fs.FileSystem.from_uri(location)) as path:
             yield path
+
+
+@contextmanager
+def fetched(fs: Any, path: str, folder: str | None = None) -> Iterator[str]:
+    """A local copy of a file, in a scratch folder that is there for the time of the `with`."""
+    folder = folder or scratch_path()
+    with scratch(folder):
+        local = os.path.join(folder, posixpath.basename(path))
+        aside = f"{local}.{uuid.uuid4().hex}"
+        pyarrow.fs.copy_files(path, aside, source_filesystem=fs)
+        os.replace(aside, local)
+        yield local
+
+
+def scratch_path() -> str:
+    """A path for a scratch folder that no other process will hit on."""
+    return os.path.join(tempfile.gettempdir(), f"{SCRATCH}{uuid.uuid4().hex}")
+
+
+@contextmanager
+def scratch(folder: str) -> Iterator[None]:
+    """Makes a temporary folder for the time of the `with`, and clears away those that killed processes left.
+
+    A process holds a lock on its folder for as long as it lives.
+    """
+    for left in Path(folder).parent.glob(f"{SCRATCH}*"):
+        # It is in use, or somebody else's, or gone by now.
+        with suppress(OSError), locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            shutil.rmtree(left)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    with locked(folder, fcntl.LOCK_SH):
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: str | Path, how: int) -> Iterator[None]:
+    """A lock on a folder, for the time of the `with`, of one of the kinds of `fcntl.flock`."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, how)
+        yield
+    finally:
+        os.close(handle)

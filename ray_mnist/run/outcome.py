@@ -1,5 +1,6 @@
 """What a worker brings home of its task."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -48,5 +49,6 @@ class Outcome:
     test_seconds: float = 0.0
     test_samples: int = 0
     test_metrics: list[dict[str, float]] = field(default_factory=list)  # one dictionary a loader
-    confusion: list[list[int]] | None = None
+    classes: int = 0  # that the model tells apart
+    confusion: Counter[tuple[int, int]] = field(default_factory=Counter)  # of labels and predictions
     mistakes: list[dict[str, Any]] = field(default_factory=list)

@@ -1,6 +1,7 @@
 """The pictures of a run: curves, confusion matrix, worst mistakes."""
 
 import io
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ from sklearn.metrics import ConfusionMatrixDisplay
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Outcome, Row
 
+READABLE_CLASSES = 50  # a confusion matrix of more is drawn without numbers and names
+MOST_CLASSES = 1000  # one of more than these is not drawn: a cell would be less than a pixel
+
 
 def draw(folder: RunFolder, outcome: Outcome, class_names: tuple[str, ...] | None) -> None:
     """Writes `plots/*.png`: those for which the run has something to show."""
@@ -18,10 +22,11 @@ def draw(folder: RunFolder, outcome: Outcome, class_names: tuple[str, ...] | Non
         if any(f"{part}_{metric}" in row for row in outcome.history for part in ("train", "val")):
             save(folder, metric, curves(outcome.history, metric))
     if outcome.confusion:
-        count = len(outcome.confusion)
+        count = outcome.classes
         # A model may tell more classes apart than the data set names.
         names = class_names if class_names and len(class_names) == count else tuple(map(str, range(count)))
-        save(folder, "confusion", confusion(outcome.confusion, names))
+        if count <= MOST_CLASSES:
+            save(folder, "confusion", confusion(outcome.confusion, names))
         pictures = [
             found for found in outcome.mistakes if found["image"].ndim == 3 and len(found["image"]) in (1, 3, 4)
         ]
@@ -56,13 +61,18 @@ def curves(history: list[Row], metric: str) -> Figure:
     return figure
 
 
-def confusion(counts: list[list[int]], names: tuple[str, ...]) -> Figure:
+def confusion(pairs: Counter[tuple[int, int]], names: tuple[str, ...]) -> Figure:
     """How often each label (row) was taken for which (column)."""
+    counts = np.zeros((len(names), len(names)), dtype=int)
+    for pair, times in pairs.items():
+        counts[pair] = times
     figure = Figure(figsize=(7, 6))
-    display = ConfusionMatrixDisplay(np.array(counts), display_labels=names)
-    display.plot(
-        ax=figure.subplots(), cmap="Blues", values_format="d", xticks_rotation=45 if max(map(len, names)) > 2 else 0
-    )
+    axes = figure.subplots()
+    turned, readable = 45 if max(map(len, names)) > 2 else 0, len(names) <= READABLE_CLASSES
+    display = ConfusionMatrixDisplay(counts, display_labels=names)
+    display.plot(ax=axes, cmap="Blues", values_format="d", xticks_rotation=turned, include_values=readable)
+    if not readable:
+        axes.set(xticks=[], yticks=[])
     return figure
 
 

@@ -1,0 +1,20 @@
+"""What the ranks tell each other beside gradients: totals, and objects that go over the CPU."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+
+def total(trainer: pl.Trainer, count: int) -> int:
+    """The sum of `count` over all ranks."""
+    return int(trainer.strategy.reduce(torch.tensor(count, device=trainer.strategy.root_device), reduce_op="sum"))
+
+
+def gather(trainer: pl.Trainer, mine: Any) -> list[Any]:
+    """On rank 0 what each rank has, in their order; nothing on the others."""
+    if trainer.world_size == 1:
+        return [mine]
+    found = [None] * trainer.world_size if trainer.is_global_zero else None
+    torch.distributed.gather_object(mine, found)
+    return found or []

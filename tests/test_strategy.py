@@ -1,0 +1,97 @@
+"""What is added to Lightning's strategies: a remote checkpoint is downloaded once on each node."""
+
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import boto3
+import pyarrow.fs
+import pytest
+import pytorch_lightning as pl
+import torch.distributed as dist
+from moto.server import ThreadedMotoServer
+from ranks import on_ranks
+
+from ray_mnist import MNISTDataModule, SimpleModel, Trainer
+from ray_mnist.distributed.strategy import on_each_node
+
+pytestmark = pytest.mark.timeout(200)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URI of a bucket in an object store."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"")  # what it has is the process's
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    yield "s3://bucket"
+    server.stop()
+
+
+def copies() -> list[Path]:
+    return list(Path(tempfile.gettempdir()).glob("ray_mnist-*"))
+
+
+def test_the_first_rank_of_each_node_downloads_for_all_of_them(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    boto3.client("s3").put_object(Bucket="bucket", Key="runs/run/checkpoint.ckpt", Body=b"weights")
+    downloads: list[str] = []
+    copy_files = pyarrow.fs.copy_files
+
+    def counted(source: str, target: str, **options: Any) -> None:
+        downloads.append(source)
+        copy_files(source, target, **options)
+
+    monkeypatch.setattr(pyarrow.fs, "copy_files", counted)
+
+    def load(rank: int) -> Any:
+        def broadcast(value: Any) -> Any:
+            found = [value]
+            dist.broadcast_object_list(found)
+            return found[0]
+
+        # Ranks 0 and 1 are on a node, rank 2 on another.
+        strategy = SimpleNamespace(local_rank=[0, 1, 0][rank], broadcast=broadcast, barrier=dist.barrier)
+        with on_each_node(strategy, f"{bucket}/runs/run/checkpoint.ckpt") as path:
+            content = Path(path).read_bytes()
+        dist.barrier()
+        return path, content, len(downloads), Path(path).parent.exists()
+
+    ranks = on_ranks(load, world_size=3)
+    assert len({path for path, *_ in ranks}) == 1
+    assert [found for _, *found in ranks] == [[b"weights", 1, False], [b"weights", 0, False], [b"weights", 1, False]]
+
+
+class LooksForCopies(pl.Callback):
+    """Finds copies of checkpoints that are left while a resumed training is under way."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self.began_at = -1
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.began_at = trainer.global_step if self.began_at < 0 else self.began_at
+        self.found += [str(copy) for copy in copies()]
+
+
+def test_a_run_in_an_object_store_keeps_no_copies_while_it_trains(bucket: str, gloo: None) -> None:
+    looks = LooksForCopies()
+    options: dict[str, Any] = {"num_workers": 2, "storage_path": f"{bucket}/runs", "name": "run"}
+    for more in ({"max_epochs": 1}, {"max_epochs": 2, "resume": True, "callbacks": [looks]}):
+        trainer = Trainer(**options, **more)
+        trainer.fit(SimpleModel(), MNISTDataModule(dataset="digits"))
+    assert trainer.global_step == 34
+    assert looks.began_at == 17
+    assert looks.found == []
+    assert not copies()
