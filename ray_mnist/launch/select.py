@@ -18,15 +18,22 @@ Prepared = Iterator[tuple[str, Launch]]
 @contextmanager
 def prepare(job: Job, config: RunConfig) -> Prepared:
     """Checks that the run can start where it is to run; gives the words for where, and the call that runs."""
-    # Best, newest and the one being written.
-    needed_bytes = 3 * 3 * sum(weight.nbytes for weight in job.model.parameters() if not is_lazy(weight)) + 1_000_000
-    preflight.check_storage(job.folder, needed_bytes)
+    preflight.check_storage(job.folder, preflight.PROBE_BYTES + checkpoint_bytes(job))
     if config.tpu_cores:
         yield from on_tpu(job, config)
     elif config.num_workers:
         yield from on_ray(job, config)
     else:
         yield from here(job, config)
+
+
+def checkpoint_bytes(job: Job) -> int:
+    """What a fit's three checkpoints take: the best, the newest and the one being written.
+
+    Each has the weights, and twice their size of an optimizer's state, as Adam has it.
+    """
+    weights = sum(weight.nbytes for weight in job.model.parameters() if not is_lazy(weight))
+    return 3 * 3 * weights if job.task == "fit" else 0
 
 
 def here(job: Job, config: RunConfig) -> Prepared:

@@ -128,7 +128,7 @@ class Sweep:
             name = self.config.name or f"sweep-{self.dataset}-{self.model_name}-{stamp}"
             folder = RunFolder(self.config.storage_path, name)
             self._check_name(folder)
-            preflight.check_storage(folder, 1_000_000)
+            preflight.check_storage(folder, preflight.PROBE_BYTES)
             job = Job("fit", model, {"datamodule": datamodule}, folder.storage_path, name, 0, lightning=self.lightning)
             workers = max(1, self.config.num_workers)
             needs = bundles(workers, bundle(self.config))
