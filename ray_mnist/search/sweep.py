@@ -159,9 +159,11 @@ class Sweep:
                 model, datamodule = self.build(parameters)
             except (TypeError, ValueError) as error:
                 raise RequestError(f"{parameters} cannot be tried: {one_line(error)}.") from error
-            if isinstance(datamodule, MNISTDataModule):
-                datamodule.check(max(1, self.config.num_workers))
             made.append((model, datamodule))
+        own = [datamodule for _, datamodule in made if isinstance(datamodule, MNISTDataModule)]
+        for check in (MNISTDataModule.check_batch_size, MNISTDataModule.check):  # what needs no data first
+            for datamodule in own:
+                check(datamodule, max(1, self.config.num_workers))
         return made[0]
 
     def _check_name(self, folder: RunFolder) -> None:
