@@ -85,6 +85,8 @@ REFUSED = {
     "seed too large": (["--seed", "4294967296"], ["--seed 4294967296", "at most 4294967295"]),
     "failures -1": (["--max-failures", "-1"], ["--max-failures -1", "at least 0"]),
     "checkpoint every 0": (["--checkpoint-every-n-steps", "0"], ["--checkpoint-every-n-steps 0", "at least 1"]),
+    "no CPU": (["--cpus-per-worker", "0"], ["--cpus-per-worker 0", "at least 1"]),
+    "half a CPU": (["--cpus-per-worker", "0.5"], ["--cpus-per-worker", "0.5", "int", HELP]),
     "batch 0": (["--batch-size", "0"], ["--batch-size 0", "at least 1"]),
     "batch x": (["--batch-size", "x"], ["--data.batch_size", "x", "int", HELP]),
     "batch beyond the data": (["--batch-size", "1152"], ["--batch-size 1152", "use at most 1151"]),
@@ -258,7 +260,7 @@ def test_help_lists_every_option(run: Run, capsys: pytest.CaptureFixture[str]) -
     options = [flag(option.name) for option in dataclasses.fields(RunConfig)]
     assert end.value.code == 0
     assert [option for option in [*options, "--config", *parser.SHORT] if option not in words] == []
-    assert len(options) == 12
+    assert len(options) == 13
 
 
 def test_print_config_is_taken_back(parse: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

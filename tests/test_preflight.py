@@ -92,6 +92,22 @@ def test_the_way_out(room: int, bundle: Bundle, expected: str) -> None:
     assert preflight.way_out(room, bundle) == expected
 
 
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ([{"CPU": 96.0, "GPU": 8.0}], 11),
+        ([{"CPU": 96.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 64.0}], 3),
+        ([{"CPU": 2.0, "GPU": 1.0}], 1),
+        ([{"CPU": 1.0, "GPU": 1.0}], 1),
+        ([{"GPU": 1.0}], 1),
+        ([{"CPU": 8.0}], 1),
+        ([], 1),
+    ],
+)
+def test_a_gpus_share_of_the_cpus_leaves_one_and_can_be_had_on_every_node(nodes: list[Bundle], expected: int) -> None:
+    assert Cluster("h:1", [{"Resources": resources} for resources in nodes]).cpus_per_gpu() == expected
+
+
 # Addresses
 
 
@@ -343,10 +359,11 @@ def assert_nothing_is_reserved() -> None:
     ("workers", "bundle", "needs", "room", "way_out"),
     [
         (2, {"CPU": 2.0}, "4 CPUs (2 CPUs on one node for each of 2 workers)", 1, "use --num-workers 1"),
-        (1, {"CPU": 2.0, "GPU": 1.0}, "2 CPUs and 1 GPU (2 CPUs and 1 GPU on", 0, "drop --use-gpu"),
+        (1, {"CPU": 2.0, "GPU": 1.0}, "2 CPUs and 1 GPU (2 CPUs and 1 GPU on", 0, "use fewer --cpus-per-worker"),
+        (1, {"CPU": 1.0, "GPU": 2.0}, "1 CPU and 2 GPUs (1 CPU and 2 GPUs on", 0, "drop --use-gpu"),
         (4, GPU_WORKER, "4 CPUs and 4 GPUs (1 CPU and 1 GPU on one node for each of 4", 1, "use --num-workers 1"),
         (5, {"CPU": 1.0}, "5 CPUs (1 CPU on one node for each of 5 workers)", 4, "use --num-workers 4"),
-        (1, {"CPU": 4.0}, "4 CPUs (4 CPUs on one node for each of 1 workers)", 0, "add nodes"),
+        (1, {"CPU": 4.0}, "4 CPUs (4 CPUs on one node for each of 1 workers)", 0, "use fewer --cpus-per-worker"),
     ],
 )
 def test_more_than_the_nodes_hold_is_refused_at_once(

@@ -45,6 +45,12 @@ class Cluster:
         """Of all nodes."""
         return sum(node["Resources"].get(resource, 0) for node in self.nodes)
 
+    def cpus_per_gpu(self) -> int:
+        """How many CPUs go with a GPU on every node that has any, at least 1; one of the node's is left to others."""
+        having = [node["Resources"] for node in self.nodes if node["Resources"].get("GPU")]
+        shares = [int((resources.get("CPU", 0) - 1) // resources["GPU"]) for resources in having]
+        return max(1, min(shares, default=1))
+
     def room_for(self, bundle: Bundle) -> int:
         """How many such bundles the nodes hold: a bundle cannot be spread over two nodes."""
         return sum(fits(node["Resources"], bundle) for node in self.nodes)
@@ -113,7 +119,12 @@ def count(amount: float, name: str) -> str:
 
 def way_out(room: int, bundle: Bundle) -> str:
     """What to do where there is not room enough."""
-    fewer = f"use --num-workers {room}" if room else "drop --use-gpu" if "GPU" in bundle else "add nodes"
+    if room:
+        fewer = f"use --num-workers {room}"
+    elif bundle["CPU"] > 1:
+        fewer = "use fewer --cpus-per-worker"
+    else:
+        fewer = "drop --use-gpu" if "GPU" in bundle else "add nodes"
     return f"{fewer}, or join a larger cluster with --address."
 
 

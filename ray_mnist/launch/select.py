@@ -76,6 +76,7 @@ def on_ray(job: Job, config: RunConfig) -> Prepared:
     check_serializable_job(job)
     check_data(job, config)
     with connection.connect(config, job):
+        config = ray.with_cpus(config, preflight.Cluster.current())
         cluster = preflight.check_resources(
             config.num_workers, ray.bundle(config), preflight.WAIT_FOR_NODES_S, console.say
         )
