@@ -23,6 +23,9 @@ class RunConfig:
 
     num_workers: int = _option(0, "training workers on Ray; 0 trains in this process, without Ray")
     use_gpu: bool = _option(False, "give each worker one GPU")
+    cpus_per_worker: int | None = _option(
+        None, "CPUs and threads of each worker (default: 1, or with --use-gpu the GPU's share of its node's CPUs)"
+    )
     tpu_cores: int = _option(0, "train on so many cores of this TPU host, or of a TPU slice in a Ray cluster")
     max_epochs: int = _option(10, "passes over the training set")
     seed: int = _option(0, "seeds the weights, the split and the order of the samples")
@@ -51,6 +54,8 @@ class RunConfig:
         self._at_least("max_failures", 0)
         if self.checkpoint_every_n_steps is not None:
             self._at_least("checkpoint_every_n_steps", 1)
+        if self.cpus_per_worker is not None:
+            self._at_least("cpus_per_worker", 1)
         if self.use_gpu and self.tpu_cores:
             raise RequestError("--use-gpu and --tpu-cores were both given: a run trains on GPUs or on a TPU, drop one.")
         if self.num_workers and self.tpu_cores:

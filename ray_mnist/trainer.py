@@ -15,7 +15,6 @@ from torch import Tensor
 from ray_mnist.cli import console
 from ray_mnist.cli.lightning_arguments import check_kind, data_of, ends_otherwise, for_lightning
 from ray_mnist.config import OPTIONS, RunConfig, global_seed
-from ray_mnist.data import MNISTDataModule
 from ray_mnist.errors import RequestError
 from ray_mnist.launch.select import prepare
 from ray_mnist.run import report
@@ -102,7 +101,6 @@ class Trainer:
         self._check_name(folder, model)
         saved_config = folder.read("config.yaml") if self.config.resume else None
         with console.quiet(), prepare(job, self.config) as (where, launch):
-            self._check_data(data)
             self._write_config(folder, model, data)
             console.say(f"{report.dataset_name(data, model)} · {report.describe_model(model)} · {where}")
             console.say(f"run folder {folder}")
@@ -293,7 +291,6 @@ class Trainer:
         job = self._job(task, model, data, f".{task}-{uuid.uuid4().hex}", ckpt_path, weights_only, **more)
         try:
             with console.quiet(), prepare(job, self.config) as (_, launch):
-                self._check_data(data)
                 evaluation: Evaluation = launch()
         finally:
             if job.folder.exists():
@@ -322,10 +319,6 @@ class Trainer:
                 raise RequestError(f"--resume: the run in {folder} was started with {started_with}, not {model_class}.")
         if not self.config.resume and folder.exists():
             raise RequestError(f"The run folder {folder} exists: give --resume to go on with it, or another --name.")
-
-    def _check_data(self, data: dict[str, Any]) -> None:
-        if isinstance(datamodule := data.get("datamodule"), MNISTDataModule):
-            datamodule.check(max(1, self.config.num_workers, self.config.tpu_cores))
 
     def _write_config(self, folder: RunFolder, model: Any, data: dict[str, Any]) -> None:
         whole = self.full_config or report.whole_config(self.config, model, data, folder.name)

@@ -85,6 +85,8 @@ REFUSED = {
     "seed too large": (["--seed", "4294967296"], ["--seed 4294967296", "at most 4294967295"]),
     "failures -1": (["--max-failures", "-1"], ["--max-failures -1", "at least 0"]),
     "checkpoint every 0": (["--checkpoint-every-n-steps", "0"], ["--checkpoint-every-n-steps 0", "at least 1"]),
+    "no CPU": (["--cpus-per-worker", "0"], ["--cpus-per-worker 0", "at least 1"]),
+    "half a CPU": (["--cpus-per-worker", "0.5"], ["--cpus-per-worker", "0.5", "int", HELP]),
     "batch 0": (["--batch-size", "0"], ["--batch-size 0", "at least 1"]),
     "batch x": (["--batch-size", "x"], ["--data.batch_size", "x", "int", HELP]),
     "batch beyond the data": (["--batch-size", "1152"], ["--batch-size 1152", "use at most 1151"]),
@@ -139,10 +141,18 @@ def test_a_gpu_that_is_not_here(run: Run, tmp_path: Path) -> None:
     assert everything_in(tmp_path) == {}
 
 
-def test_a_batch_that_the_workers_cannot_share(run: Run, tmp_path: Path, ray_cluster: str) -> None:
-    outcome = run(*DIGITS, "--batch-size", "2", "--num-workers", "3", "--address", ray_cluster)
-    assert_refused(outcome, "--batch-size 2", "3 workers", "use at least 3")
+def test_arithmetic_comes_before_the_data_and_the_data_before_the_cluster(
+    run: Run, tmp_path: Path, dead_port: int
+) -> None:
+    """A cluster may take minutes to start: here one that would be refused at once stands in for it."""
+    cluster = ["--num-workers", "3", "--address", f"127.0.0.1:{dead_port}"]
+    no_data = ["--data.mirror", f"http://127.0.0.1:{dead_port}/"]
+    assert_refused(run(*cluster, *no_data, "--batch-size", "2"), "--batch-size 2", "3 workers", "use at least 3")
     assert everything_in(tmp_path) == {}
+    assert_refused(run(*cluster, *DIGITS, "--batch-size", "1152"), "--batch-size 1152", "use at most 1151")
+    assert everything_in(tmp_path) == {}
+    assert_refused(run(*cluster, *no_data), f"http://127.0.0.1:{dead_port}/", "--data.mirror URL")
+    assert everything_in(tmp_path) == NO_DATA
 
 
 def test_a_cluster_that_does_not_answer(run: Run, tmp_path: Path, dead_port: int) -> None:
@@ -250,7 +260,7 @@ def test_help_lists_every_option(run: Run, capsys: pytest.CaptureFixture[str]) -
     options = [flag(option.name) for option in dataclasses.fields(RunConfig)]
     assert end.value.code == 0
     assert [option for option in [*options, "--config", *parser.SHORT] if option not in words] == []
-    assert len(options) == 12
+    assert len(options) == 13
 
 
 def test_print_config_is_taken_back(parse: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import socketserver
 import subprocess
@@ -15,17 +16,22 @@ from typing import Any
 
 import psutil
 import pytest
+import pytorch_lightning as pl
 import ray
 from conftest import wait_until
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.cluster_utils import Cluster as LocalCluster
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from torch import nn
 
 from ray_mnist import ray_internals
 from ray_mnist.checks import preflight
 from ray_mnist.checks.preflight import Bundle, Cluster, check_resources, fits
+from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError
+from ray_mnist.launch.select import prepare
 from ray_mnist.run.folder import RunFolder
+from ray_mnist.worker import Job
 
 GPU_WORKER = {"CPU": 1.0, "GPU": 1.0}
 SMALL, LARGE = {"CPU": 1.0, "GPU": 1.0}, {"CPU": 3.0}  # the nodes of `two_nodes`
@@ -86,6 +92,22 @@ def test_the_way_out(room: int, bundle: Bundle, expected: str) -> None:
     assert preflight.way_out(room, bundle) == expected
 
 
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ([{"CPU": 96.0, "GPU": 8.0}], 11),
+        ([{"CPU": 96.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 64.0}], 3),
+        ([{"CPU": 2.0, "GPU": 1.0}], 1),
+        ([{"CPU": 1.0, "GPU": 1.0}], 1),
+        ([{"GPU": 1.0}], 1),
+        ([{"CPU": 8.0}], 1),
+        ([], 1),
+    ],
+)
+def test_a_gpus_share_of_the_cpus_leaves_one_and_can_be_had_on_every_node(nodes: list[Bundle], expected: int) -> None:
+    assert Cluster("h:1", [{"Resources": resources} for resources in nodes]).cpus_per_gpu() == expected
+
+
 # Addresses
 
 
@@ -141,13 +163,38 @@ def test_storage_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
 
 def test_storage_is_left_as_it_was_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(folder: RunFolder, file: str) -> bytes:
-        assert Path(folder.at(file)).stat().st_size == 5_000_000
+        assert Path(folder.at(file)).stat().st_size == 1_000_000
         raise OSError("the disk is\nbroken")
 
     monkeypatch.setattr(RunFolder, "read", fail)
     text = sentence(lambda: preflight.check_storage(RunFolder(str(tmp_path / "new/below"), "run"), 5_000_000))
     assert text.startswith(f"--storage-path {tmp_path}/new/below cannot take the run's 5.0 MB of checkpoints")
     assert "the disk is broken; use another folder or make room" in text
+    assert everything_in(tmp_path) == set()
+
+
+class Huge(pl.LightningModule):
+    """Has 4 TB of weights, in no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1_000_000, 1_000_000, bias=False, device="meta")
+
+
+def test_room_for_the_checkpoints_is_asked_of_the_disk_and_only_where_there_will_be_some(tmp_path: Path) -> None:
+    folder = str(tmp_path / "new/runs")
+    config = RunConfig(storage_path=folder)
+    jobs = {task: Job(task, Huge(), {}, folder, "run", seed=0) for task in ("fit", "validate", "test", "predict")}
+    with pytest.raises(RequestError) as refusal, prepare(jobs.pop("fit"), config):
+        pass
+    assert re.fullmatch(
+        rf"--storage-path {folder} cannot take the run's 36,000,001\.0 MB of checkpoints: "
+        r"only [\d,.]+ MB are free there; use another folder or make room\.",
+        str(refusal.value),
+    )
+    for job in jobs.values():
+        with prepare(job, config):
+            pass
     assert everything_in(tmp_path) == set()
 
 
@@ -312,10 +359,11 @@ def assert_nothing_is_reserved() -> None:
     ("workers", "bundle", "needs", "room", "way_out"),
     [
         (2, {"CPU": 2.0}, "4 CPUs (2 CPUs on one node for each of 2 workers)", 1, "use --num-workers 1"),
-        (1, {"CPU": 2.0, "GPU": 1.0}, "2 CPUs and 1 GPU (2 CPUs and 1 GPU on", 0, "drop --use-gpu"),
+        (1, {"CPU": 2.0, "GPU": 1.0}, "2 CPUs and 1 GPU (2 CPUs and 1 GPU on", 0, "use fewer --cpus-per-worker"),
+        (1, {"CPU": 1.0, "GPU": 2.0}, "1 CPU and 2 GPUs (1 CPU and 2 GPUs on", 0, "drop --use-gpu"),
         (4, GPU_WORKER, "4 CPUs and 4 GPUs (1 CPU and 1 GPU on one node for each of 4", 1, "use --num-workers 1"),
         (5, {"CPU": 1.0}, "5 CPUs (1 CPU on one node for each of 5 workers)", 4, "use --num-workers 4"),
-        (1, {"CPU": 4.0}, "4 CPUs (4 CPUs on one node for each of 1 workers)", 0, "add nodes"),
+        (1, {"CPU": 4.0}, "4 CPUs (4 CPUs on one node for each of 1 workers)", 0, "use fewer --cpus-per-worker"),
     ],
 )
 def test_more_than_the_nodes_hold_is_refused_at_once(

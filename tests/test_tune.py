@@ -138,6 +138,14 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_starts(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_sweeps_arithmetic_comes_before_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = {"data_dir": str(tmp_path / "data"), "mirror": "http://127.0.0.1:1/"}
+    monkeypatch.setenv("no_proxy", "*")
+    with pytest.raises(RequestError, match="--batch-size 2 is the batch over all workers"):
+        tune(SimpleModel, MNISTDataModule, {"data.batch_size": [64, 2]}, data=nowhere, num_workers=3)
+    assert list(tmp_path.iterdir()) == []
+
+
 # What a sweep does
 
 

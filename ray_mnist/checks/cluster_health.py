@@ -20,7 +20,6 @@ ANSWER_TIMEOUT_S = 60
 CLOCK_TOLERANCE_S = 1
 BLOCK_BYTES = 64_000_000
 SLOW_MB_PER_S = 10
-STORED_BYTES = 1_000_000
 Probes = dict[str, Any]  # by the node's name
 
 
@@ -154,7 +153,7 @@ def storage_findings(storage_path: str) -> Iterator[str]:
     """What keeps this machine or a node from writing there, or from reading what another wrote."""
     try:
         folder = RunFolder(storage_path, "doctor")
-        preflight.check_storage(folder, STORED_BYTES)
+        preflight.check_storage(folder, preflight.PROBE_BYTES)
         preflight.check_shared_storage(folder, preflight.Cluster.current())
     except RequestError as error:
         yield str(error)

@@ -3,6 +3,8 @@
 Ray is imported only where a cluster is asked: a run in this process does without it.
 """
 
+import math
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from ray_mnist.errors import RequestError, one_line
 from ray_mnist.run.folder import RunFolder
 
 Bundle = dict[str, float]
+PROBE_BYTES = 1_000_000
 PROBE_TIMEOUT_S = 60
 WAIT_FOR_NODES_S = 600  # a cloud's machine takes minutes to start and to be set up
 
@@ -41,6 +44,12 @@ class Cluster:
     def total(self, resource: str) -> float:
         """Of all nodes."""
         return sum(node["Resources"].get(resource, 0) for node in self.nodes)
+
+    def cpus_per_gpu(self) -> int:
+        """How many CPUs go with a GPU on every node that has any, at least 1; one of the node's is left to others."""
+        having = [node["Resources"] for node in self.nodes if node["Resources"].get("GPU")]
+        shares = [int((resources.get("CPU", 0) - 1) // resources["GPU"]) for resources in having]
+        return max(1, min(shares, default=1))
 
     def room_for(self, bundle: Bundle) -> int:
         """How many such bundles the nodes hold: a bundle cannot be spread over two nodes."""
@@ -110,7 +119,12 @@ def count(amount: float, name: str) -> str:
 
 def way_out(room: int, bundle: Bundle) -> str:
     """What to do where there is not room enough."""
-    fewer = f"use --num-workers {room}" if room else "drop --use-gpu" if "GPU" in bundle else "add nodes"
+    if room:
+        fewer = f"use --num-workers {room}"
+    elif bundle["CPU"] > 1:
+        fewer = "use fewer --cpus-per-worker"
+    else:
+        fewer = "drop --use-gpu" if "GPU" in bundle else "add nodes"
     return f"{fewer}, or join a larger cluster with --address."
 
 
@@ -136,21 +150,30 @@ def check_address(address: str) -> None:
 
 
 def check_storage(folder: RunFolder, needed_bytes: int) -> None:
-    """Writes and reads as many bytes as the run's checkpoints take where the run folder is to be.
+    """Writes and reads a megabyte where the run folder is to be, and asks the file system whether the rest fits.
 
     Raises:
-        RequestError: this process cannot write so much there.
+        RequestError: this process cannot write there, or there is no room for `needed_bytes`.
     """
+    tried_bytes = min(PROBE_BYTES, needed_bytes)
     with _probe(folder) as probe:
         try:
-            probe.write("driver", bytes(needed_bytes))
-            if len(probe.read("driver")) != needed_bytes:
+            probe.write("driver", bytes(tried_bytes))
+            if len(probe.read("driver")) != tried_bytes:
                 raise OSError("what was written could not be read back")
+            if (free := tried_bytes + _free_bytes(probe)) < needed_bytes:
+                raise OSError(f"only {free / 1e6:,.1f} MB are free there")
         except OSError as error:
             raise RequestError(
-                f"--storage-path {folder.storage_path} cannot take the run's {needed_bytes / 1e6:.1f} MB of "
+                f"--storage-path {folder.storage_path} cannot take the run's {needed_bytes / 1e6:,.1f} MB of "
                 f"checkpoints: {one_line(error)}; use another folder or make room."
             ) from error
+
+
+def _free_bytes(folder: RunFolder) -> float:
+    """Where the file system tells it: object stores do not, nor do some mounts, which report a size of 0."""
+    usage = shutil.disk_usage(folder.path) if folder.is_local else None
+    return usage.free if usage and usage.total else math.inf
 
 
 def check_shared_storage(folder: RunFolder, cluster: Cluster) -> None:

@@ -50,7 +50,7 @@ def sentence(message: str) -> str:
         option, reason, value = tried.groups()
         inner = re.match(r"--([\w-]+): (.*)", reason)  # the class's own parser was here before
         given = "" if "(" in value else f" {value}"
-        line = f"--{option}.{inner[1].replace('-', '_')}: {inner[2]}" if inner else f"--{option}{given}: {reason}"
+        line = f"--{option}.{inner[1].replace('-', '_')}: {inner[2]}" if inner else f"{flag(option)}{given}: {reason}"
     line = re.sub(r"Expected a dot import path string: \S+", UNKNOWN_CLASS, line)
     line = re.sub(r'Parser key "([^"]+)"', lambda key: flag(key[1]), line)
     return re.sub(r"<class '(\w+)'>", r"\1", line)

@@ -115,17 +115,21 @@ class MNISTDataModule(LightningDataModule):
         """What each label means."""
         return self.source.class_names
 
+    def check_batch_size(self, world_size: int) -> None:
+        """Raises RequestError if a batch has not a sample for each of `world_size` workers; reads no data."""
+        if self.batch_size < world_size:
+            raise RequestError(
+                f"--batch-size {self.batch_size} is the batch over all workers, and {world_size} workers cannot share "
+                f"it: use at least {world_size}."
+            )
+
     def check(self, world_size: int) -> None:
         """Finds out, before any worker starts, whether `world_size` workers can train on this.
 
         Raises:
             RequestError: the data cannot be had, is damaged, or cannot be shared out.
         """
-        if self.batch_size < world_size:
-            raise RequestError(
-                f"--batch-size {self.batch_size} is the batch over all workers, and {world_size} workers cannot share "
-                f"it: use at least {world_size}."
-            )
+        self.check_batch_size(world_size)
         self.prepare_data()
         sizes = {part: len(data) for part, data in self._split(sources.load(self.dataset, self.data_dir)).items()}
         if self.batch_size > sizes["train"]:

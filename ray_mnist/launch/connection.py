@@ -40,7 +40,7 @@ def connect(config: RunConfig, job: Job, cpus: int = 0) -> Iterator[None]:
                     ray.init(address=address, runtime_env=folder_to_send(config), **quiet)
         else:
             # More workers than cores run in turns: slower, and good enough to try a run out.
-            cpus = max(os.cpu_count() or 1, config.num_workers, cpus)
+            cpus = max(os.cpu_count() or 1, config.num_workers * (config.cpus_per_worker or 1), cpus)
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         if "Package size" in str(error):

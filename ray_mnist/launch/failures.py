@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from typing import Any
 
 import ray.train
@@ -11,6 +12,27 @@ from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
 from ray_mnist.errors import RequestError, TrainingError, one_line
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.records import FAILURES
+
+# The user's own errors: Python's, Lightning's, and what torch says of tensors that do not fit.
+PYTHONS = (
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    NameError,
+    AssertionError,
+    ArithmeticError,
+    ImportError,
+    SyntaxError,
+    NotImplementedError,
+    RecursionError,
+)
+LIGHTNINGS = "MisconfigurationException"
+TENSORS = re.compile(r"\b(tensors?|shapes?|sizes?|dtypes?|expected|grad|state_dict)\b", re.IGNORECASE)
+ASSERT = "device-side assert"  # such as a label that is out of range
+# The others: their messages may have numbers and code about tensors in them.
+DEVICES = re.compile(r"(CUDA|cuDNN) error|CUBLAS_STATUS")
+PEERS = re.compile("gloo|nccl|process group", re.IGNORECASE)
 
 
 class Failures(ray.train.UserCallback):
@@ -33,8 +55,9 @@ class Failures(ray.train.UserCallback):
         then = (
             f"starting again, once all workers have room (waiting up to {WAIT_FOR_NODES_S} s)" if again else "giving up"
         )
-        before = folder.read(FAILURES).decode() if folder.has(FAILURES) else ""
-        folder.write(FAILURES, before + json.dumps({"workers": failures, "then": then}) + "\n")
+        with suppress(OSError):  # storage that fails is something to recover from, too
+            before = folder.read(FAILURES).decode() if folder.has(FAILURES) else ""
+            folder.write(FAILURES, before + json.dumps({"workers": failures, "then": then}) + "\n")
         if bug:
             raise describe_all(worker_exceptions)
 
@@ -45,15 +68,31 @@ def raised_by_training(error: Exception) -> bool:
 
 
 def is_bug(error: Exception) -> bool:
-    """Whether the error would come back on the next try.
+    """Whether the error is known to be the user's own, and would come back on the next try.
 
-    A worker that loses its peers raises one of Ray's errors, an OSError, or what a torch collective raises: a
-    DistError, or a RuntimeError that names gloo or NCCL.
+    Whatever is not known may be a machine's: a GPU's memory, a data loader's worker that was killed, a network, a disk.
+    torch has no other error for those than for tensors that do not fit: a RuntimeError, whose message tells.
     """
-    from_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
-    named = isinstance(error, RuntimeError) and re.search("gloo|nccl|process group", str(error), re.IGNORECASE)
-    lost_peer = isinstance(error, RayError | OSError) or from_torch or named
-    return isinstance(error, RequestError) or (raised_by_training(error) and not lost_peer)
+    if isinstance(error, RequestError):
+        return True
+    if not raised_by_training(error) or isinstance(error, RayError | OSError):
+        return False
+    if isinstance(error, PYTHONS) or LIGHTNINGS in names(error):
+        return True
+    message = str(error)
+    about_tensors = TENSORS.search(message) and not DEVICES.search(message)
+    return isinstance(error, RuntimeError) and not lost_peer(error) and bool(about_tensors or ASSERT in message)
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether the worker says no more than that another one is gone or too slow."""
+    named = isinstance(error, RuntimeError) and PEERS.search(str(error))
+    return isinstance(error, RayError | ConnectionError) or "DistError" in names(error) or bool(named)
+
+
+def names(error: Exception) -> list[str]:
+    """The names of the error's classes: to import those of torch and Lightning takes seconds."""
+    return [kind.__name__ for kind in type(error).__mro__]
 
 
 def describe(rank: int, error: Exception) -> TrainingError:
@@ -67,8 +106,8 @@ def describe(rank: int, error: Exception) -> TrainingError:
 def describe_all(worker_exceptions: dict[int, Exception]) -> TrainingError:
     """The failure of a group: a bug says most, then a death; what the others raised is often for want of a peer."""
 
-    def rank_of(item: tuple[int, Exception]) -> tuple[bool, bool, int]:
+    def rank_of(item: tuple[int, Exception]) -> tuple[bool, bool, bool, int]:
         rank, error = item
-        return not is_bug(error), raised_by_training(error), rank
+        return not is_bug(error), raised_by_training(error), lost_peer(error), rank
 
     return describe(*min(worker_exceptions.items(), key=rank_of))

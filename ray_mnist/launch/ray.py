@@ -4,6 +4,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 
-from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
+from ray_mnist.checks.preflight import WAIT_FOR_NODES_S, Bundle, Cluster
 from ray_mnist.cli.lightning_arguments import FIND_UNUSED
 from ray_mnist.config import RunConfig
 from ray_mnist.distributed.strategy import FollowsFreezing, extend
@@ -43,9 +44,20 @@ def process_group_backend(use_gpu: bool) -> str:
     return "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
 
 
-def bundle(config: RunConfig) -> dict[str, float]:
+def bundle(config: RunConfig) -> Bundle:
     """What one worker needs of one node."""
-    return {"CPU": 1, "GPU": 1} if config.use_gpu else {"CPU": 1}
+    needs: Bundle = {"CPU": config.cpus_per_worker or 1}
+    return needs | {"GPU": 1} if config.use_gpu else needs
+
+
+def with_cpus(config: RunConfig, cluster: Cluster) -> RunConfig:
+    """Gives workers with a GPU its share of the CPUs, for their data loader's processes, unless something else is said.
+
+    Other workers have one CPU, and one thread, so that they round alike wherever they run.
+    """
+    if config.use_gpu and config.cpus_per_worker is None:
+        return replace(config, cpus_per_worker=cluster.cpus_per_gpu())
+    return config
 
 
 class RayContext:
@@ -110,8 +122,7 @@ def train_function(config: dict[str, Any]) -> Outcome | Evaluation | None:
     """What each worker process runs; only rank 0 brings the outcome home, which can be heavy."""
     job: Job = config["job"]
     go_to(config["folder"])
-    # One thread for the one CPU that is reserved: workers don't fight over cores, and round alike wherever they run.
-    torch.set_num_threads(1)
+    torch.set_num_threads(config["threads"])  # as many as CPUs are reserved: workers don't fight over cores
     context = RayContext(job, config["use_gpu"])
     try:
         outcome = run_and_collect(job, context)
@@ -144,7 +155,12 @@ def launch(
     with environment(RAY_TRAIN_SETTINGS):
         trainer = trainer_class(
             train_function,
-            train_loop_config={"job": job, "use_gpu": config.use_gpu, "folder": this_folder()},
+            train_loop_config={
+                "job": job,
+                "use_gpu": config.use_gpu,
+                "threads": config.cpus_per_worker or 1,
+                "folder": this_folder(),
+            },
             torch_config=TorchConfig(backend=process_group_backend(config.use_gpu)),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=bundle(config)

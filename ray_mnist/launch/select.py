@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 from ray_mnist.checks import preflight
 from ray_mnist.cli import console
 from ray_mnist.config import RunConfig
+from ray_mnist.data import MNISTDataModule
 from ray_mnist.worker import Job
 
 Launch = Callable[[], Any]
@@ -17,10 +18,13 @@ Prepared = Iterator[tuple[str, Launch]]
 
 @contextmanager
 def prepare(job: Job, config: RunConfig) -> Prepared:
-    """Checks that the run can start where it is to run; gives the words for where, and the call that runs."""
-    # Best, newest and the one being written.
-    needed_bytes = 3 * 3 * sum(weight.nbytes for weight in job.model.parameters() if not is_lazy(weight)) + 1_000_000
-    preflight.check_storage(job.folder, needed_bytes)
+    """Checks that the run can start where it is to run; gives the words for where, and the call that runs.
+
+    What takes no time is checked first; then the data, and last the cluster, which may be minutes in starting.
+    """
+    if datamodule := own_datamodule(job):
+        datamodule.check_batch_size(world_size(config))
+    preflight.check_storage(job.folder, preflight.PROBE_BYTES + checkpoint_bytes(job))
     if config.tpu_cores:
         yield from on_tpu(job, config)
     elif config.num_workers:
@@ -29,11 +33,38 @@ def prepare(job: Job, config: RunConfig) -> Prepared:
         yield from here(job, config)
 
 
+def checkpoint_bytes(job: Job) -> int:
+    """What a fit's three checkpoints take: the best, the newest and the one being written.
+
+    Each has the weights, and twice their size of an optimizer's state, as Adam has it.
+    """
+    weights = sum(weight.nbytes for weight in job.model.parameters() if not is_lazy(weight))
+    return 3 * 3 * weights if job.task == "fit" else 0
+
+
+def own_datamodule(job: Job) -> MNISTDataModule | None:
+    """The run's data module if it is ours, which knows what can be trained on."""
+    datamodule = job.data.get("datamodule")
+    return datamodule if isinstance(datamodule, MNISTDataModule) else None
+
+
+def check_data(job: Job, config: RunConfig) -> None:
+    """Raises RequestError unless the data is to be had here, whole, and enough of it for all workers."""
+    if datamodule := own_datamodule(job):
+        datamodule.check(world_size(config))
+
+
+def world_size(config: RunConfig) -> int:
+    """How many ranks train together."""
+    return max(1, config.num_workers, config.tpu_cores)
+
+
 def here(job: Job, config: RunConfig) -> Prepared:
     """In this process."""
     from ray_mnist.launch import local
 
     local.check(config.use_gpu)
+    check_data(job, config)
     context = local.LocalContext(job, config.use_gpu)
     yield f"this process, on {'GPU' if config.use_gpu else 'CPU'}", lambda: local.launch(job, context)
 
@@ -43,7 +74,9 @@ def on_ray(job: Job, config: RunConfig) -> Prepared:
     from ray_mnist.launch import connection, ray
 
     check_serializable_job(job)
+    check_data(job, config)
     with connection.connect(config, job):
+        config = ray.with_cpus(config, preflight.Cluster.current())
         cluster = preflight.check_resources(
             config.num_workers, ray.bundle(config), preflight.WAIT_FOR_NODES_S, console.say
         )
@@ -59,6 +92,7 @@ def on_tpu(job: Job, config: RunConfig) -> Prepared:
     cores = f"{config.tpu_cores} TPU core{'s' if config.tpu_cores > 1 else ''}, Lightning's XLA trainer"
     if config.tpu_cores > 1:
         check_serializable_job(job)
+    check_data(job, config)
     if not tpu.on_cluster(config):
         from ray_mnist.launch import xla
 

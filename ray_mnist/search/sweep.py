@@ -18,7 +18,7 @@ from ray_mnist.config import OPTIONS, RunConfig, SweepConfig, global_seed
 from ray_mnist.data import MNISTDataModule
 from ray_mnist.errors import RequestError, one_line
 from ray_mnist.launch.connection import connect, environment, this_folder
-from ray_mnist.launch.ray import bundle, in_thread
+from ray_mnist.launch.ray import bundle, in_thread, with_cpus
 from ray_mnist.run import report
 from ray_mnist.run.folder import RunFolder, checkpoint_name
 from ray_mnist.run.records import read_metrics, to_json
@@ -104,6 +104,7 @@ class Sweep:
             raise RequestError("--tpu-cores: trials train on CPUs or GPUs, drop it.")
         theirs = {name: value for name, value in arguments.items() if name not in set(OPTIONS) - {"max_epochs"}}
         self.lightning = for_lightning(theirs | {"logger": arguments.get("logger", False)}, self.config)
+        self.placed = self.config  # with the CPUs that a worker gets on the cluster, once there is one
         self.build, self.domains, self.sweep = build, domains, sweep
         self.whole_config = whole_config or self._saved_arguments
         self.asked_for = asked_for or {**vars(self.config), **vars(sweep)}
@@ -128,15 +129,17 @@ class Sweep:
             name = self.config.name or f"sweep-{self.dataset}-{self.model_name}-{stamp}"
             folder = RunFolder(self.config.storage_path, name)
             self._check_name(folder)
-            preflight.check_storage(folder, 1_000_000)
+            preflight.check_storage(folder, preflight.PROBE_BYTES)
             job = Job("fit", model, {"datamodule": datamodule}, folder.storage_path, name, 0, lightning=self.lightning)
             workers = max(1, self.config.num_workers)
-            needs = bundles(workers, bundle(self.config))
-            at_once = self.sweep.max_concurrent or max(1, (os.cpu_count() or 1) // workers)
-            with environment(TUNE_SETTINGS), connect(self.config, job, at_once * len(needs)):
-                cluster = preflight.check_resources(
-                    workers, bundle(self.config), preflight.WAIT_FOR_NODES_S, console.say
-                )
+            cpus = workers * (self.config.cpus_per_worker or 1)
+            at_once = self.sweep.max_concurrent or max(1, (os.cpu_count() or 1) // cpus)
+            # The trial itself may take one more.
+            with environment(TUNE_SETTINGS), connect(self.config, job, at_once * (cpus + (workers > 1))):
+                self.placed = with_cpus(self.config, preflight.Cluster.current())
+                worker = bundle(self.placed)
+                needs = bundles(workers, worker)
+                cluster = preflight.check_resources(workers, worker, preflight.WAIT_FOR_NODES_S, console.say)
                 preflight.check_shared_storage(folder, cluster)
                 searched = ", ".join(self.domains)
                 console.say(f"sweep over {searched} of {report.describe_model(model)} on {self.dataset}")
@@ -159,9 +162,11 @@ class Sweep:
                 model, datamodule = self.build(parameters)
             except (TypeError, ValueError) as error:
                 raise RequestError(f"{parameters} cannot be tried: {one_line(error)}.") from error
-            if isinstance(datamodule, MNISTDataModule):
-                datamodule.check(max(1, self.config.num_workers))
             made.append((model, datamodule))
+        own = [datamodule for _, datamodule in made if isinstance(datamodule, MNISTDataModule)]
+        for check in (MNISTDataModule.check_batch_size, MNISTDataModule.check):  # what needs no data first
+            for datamodule in own:
+                check(datamodule, max(1, self.config.num_workers))
         return made[0]
 
     def _check_name(self, folder: RunFolder) -> None:
@@ -255,7 +260,7 @@ class Sweep:
     def _plan(self, folder: RunFolder) -> Plan:
         return Plan(
             build=self.build,
-            config=self.config,
+            config=self.placed,
             lightning=self.lightning,
             metric=self.sweep.metric,
             mode=self.sweep.mode,
@@ -265,7 +270,7 @@ class Sweep:
 
     def _test(self, folder: RunFolder, parameters: dict[str, Any]) -> dict[str, float]:
         """The winner's metrics on the test set."""
-        needs = bundle(self.config)
+        needs = bundle(self.placed)
         task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_retries=1)(test_winner)
         tested: list[dict[str, float]] = ray.get(task.remote(self._plan(folder), parameters, folder.location("best")))
         return {name: value for metrics in tested for name, value in metrics.items()}

@@ -95,7 +95,7 @@ class Trial(tune.Trainable):
     def setup(self, config: dict[str, Any], plan: Plan) -> None:  # type: ignore[override]
         """Starts the training, or goes on from the newest checkpoint of the trial's run folder."""
         self.plan = plan
-        torch.set_num_threads(1)
+        torch.set_num_threads(plan.config.cpus_per_worker or 1)
         go_to(plan.folder)
         self._begin(config)
 
@@ -177,7 +177,7 @@ class Trial(tune.Trainable):
 def test_winner(plan: Plan, parameters: dict[str, Any], checkpoint: str) -> list[dict[str, float]]:
     """The test metrics of a trial's checkpoint, one dictionary a loader, on one worker; none if there is no test."""
     go_to(plan.folder)
-    torch.set_num_threads(1)
+    torch.set_num_threads(plan.config.cpus_per_worker or 1)
     job = replace(plan.job(parameters, ""), task="test", checkpoint=checkpoint, weights_only=False, with_test=True)
     if not can_test(job):
         return []
