@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(60)
 
 # One clean process that has imported all and forks the rest: a child starts at once, and without our threads.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["ray_mnist.sources", "torchvision"])
+PROCESSES.set_forkserver_preload(["ray_mnist.data.download"])
 
 
 class Mirror(ThreadingHTTPServer):
@@ -230,12 +230,20 @@ def test_the_published_mnist_is_read(mnist_files: Path) -> None:
     assert data.test_labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
 
-def test_our_class_names_are_torchvisions() -> None:
+def test_what_is_known_of_each_data_set() -> None:
     assert list(SOURCES) == ["mnist", "fashion-mnist", "kmnist", "cifar10", "digits"]
-    assert list(SOURCES["fashion-mnist"].class_names) == datasets.FashionMNIST.classes
-    assert list(SOURCES["kmnist"].class_names) == datasets.KMNIST.classes
-    assert [name[0] for name in datasets.MNIST.classes] == list(SOURCES["mnist"].class_names)
     assert {source.num_classes for source in SOURCES.values()} == {10}
+    assert SOURCES["mnist"].class_names == SOURCES["digits"].class_names == tuple("0123456789")
+    assert [SOURCES[name].class_names[9] for name in ("fashion-mnist", "kmnist")] == ["Ankle boot", "wo"]
+    assert SOURCES["fashion-mnist"].folders == ("FashionMNIST/raw",)
+    assert (
+        tuple(
+            f"{part}-ubyte"
+            for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+        )
+        == MNIST_FILES
+    )
+    assert (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta") == sources.CIFAR10_FILES
 
 
 @pytest.mark.parametrize("layout", [".", "MNIST/raw"])
