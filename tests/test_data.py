@@ -129,9 +129,9 @@ def test_an_epoch_is_full_batches_of_different_samples(digits: MNISTDataModule) 
 def test_workers_share_its_batches(world_size: int, num_workers: int, digits: MNISTDataModule) -> None:
     digits.num_workers = num_workers
 
-    def shares(loader: DataLoader[Batch], deal: Any, world_size: int) -> list[list[ImageDataset]]:
-        deals = [partial(deal, rank=rank, world_size=world_size) for rank in range(world_size)]
-        ranks = [ShardedLoader(loader, 0, lambda: (1, 0), deal, int) for deal in deals]
+    def shares(loader: DataLoader[Batch], shard: Any, world_size: int) -> list[list[ImageDataset]]:
+        shards = [partial(shard, rank=rank, world_size=world_size) for rank in range(world_size)]
+        ranks = [ShardedLoader(loader, 0, lambda: (1, 0), shard, int) for shard in shards]
         return [[ImageDataset(*batch) for batch in rank] for rank in ranks]
 
     [alone], together = (shares(digits.train_dataloader(), shard_training, count) for count in (1, world_size))
