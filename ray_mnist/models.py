@@ -1,6 +1,7 @@
 """The models: SimpleModel, two linear layers, and ConvModel, small convolutions."""
 
 import math
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,8 +31,7 @@ class Accuracy(MulticlassAccuracy):
 class Classifier(LightningModule):
     """Trains an image classifier with Adam and cross entropy.
 
-    Batches are `(images, labels)`: float32 (N, C, H, W) in [0, 1] and int64 (N,). Subclasses set `self.net`, which
-    maps images to logits (N, num_classes).
+    Batches are `(images, labels)`: float32 (N, C, H, W) in [0, 1] and int64 (N,). Subclasses have `make_net`.
 
     Args:
         lr: Adam's learning rate, or its peak under a schedule.
@@ -44,8 +44,6 @@ class Classifier(LightningModule):
         RequestError: an argument is out of range, the images are not of `input_shape`, or the run resumes under a
             schedule that was laid out for another number of steps.
     """
-
-    net: nn.Module
 
     def __init__(
         self,
@@ -65,6 +63,11 @@ class Classifier(LightningModule):
         self.save_hyperparameters({"input_shape": tuple(input_shape)})
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_accuracy, self.test_accuracy = Accuracy(num_classes), Accuracy(num_classes)
+        self.net = self.make_net(*input_shape, num_classes)
+
+    def make_net(self, channels: int, height: int, width: int, num_classes: int) -> nn.Module:
+        """What maps images (N, channels, height, width) to logits (N, num_classes)."""
+        raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, C, H, W)."""
@@ -145,17 +148,10 @@ class Classifier(LightningModule):
 class SimpleModel(Classifier):
     """The tutorial's two linear layers: pixels to 128, ReLU, 128 to classes."""
 
-    def __init__(
-        self,
-        lr: float = 1e-3,
-        schedule: Schedule = "constant",
-        input_shape: tuple[int, int, int] = (1, 28, 28),
-        num_classes: int = 10,
-    ) -> None:
-        super().__init__(lr, schedule, input_shape, num_classes)
-        self.net = nn.Sequential(
-            nn.Flatten(), nn.Linear(math.prod(input_shape), 128), nn.ReLU(), nn.Linear(128, num_classes)
-        )
+    def make_net(self, channels: int, height: int, width: int, num_classes: int) -> nn.Module:
+        """The two layers."""
+        pixels = channels * height * width
+        return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 128), nn.ReLU(), nn.Linear(128, num_classes))
 
 
 class ConvModel(Classifier):
@@ -173,20 +169,13 @@ class ConvModel(Classifier):
         num_classes: int = 10,
     ) -> None:
         super().__init__(lr, schedule, input_shape, num_classes)
-        channels, height, width = input_shape
+
+    def make_net(self, channels: int, height: int, width: int, num_classes: int) -> nn.Module:
+        """The layers; each convolution halves height and width."""
         if min(height, width) < 8:
             raise RequestError(f"ConvModel halves images three times: {height}x{width} pixels are too few, use 8x8.")
-        self.net = nn.Sequential(
-            *self._block(channels, 16),
-            *self._block(16, 32),
-            *self._block(32, 64),
-            nn.Flatten(),
-            nn.Linear(64 * (height // 8) * (width // 8), 128),
-            nn.ReLU(),
-            nn.Linear(128, num_classes),
-        )
-
-    @staticmethod
-    def _block(inputs: int, outputs: int) -> list[nn.Module]:
-        """Halves height and width."""
-        return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.ReLU(), nn.MaxPool2d(2)]
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise((channels, 16, 32, 64)):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Flatten(), nn.Linear(64 * (height // 8) * (width // 8), 128), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(128, num_classes))

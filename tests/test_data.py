@@ -99,7 +99,7 @@ def test_the_seed_is_seed_everythings_unless_it_is_given() -> None:
     assert MNISTDataModule("digits", seed=6).seed == 6
 
 
-def test_bytes_travel_and_what_totensor_gives_arrives(digits: MNISTDataModule) -> None:
+def test_bytes_are_transferred_and_what_totensor_gives_arrives(digits: MNISTDataModule) -> None:
     images, labels = next(iter(digits.train_dataloader()))
     assert (images.dtype, images.shape, labels.dtype) == (torch.uint8, (64, 1, 28, 28), torch.int64)
     scaled, same_labels = digits.on_after_batch_transfer((images, labels), 0)
@@ -129,9 +129,9 @@ def test_an_epoch_is_full_batches_of_different_samples(digits: MNISTDataModule) 
 def test_workers_share_its_batches(world_size: int, num_workers: int, digits: MNISTDataModule) -> None:
     digits.num_workers = num_workers
 
-    def shares(loader: DataLoader[Batch], deal: Any, world_size: int) -> list[list[ImageDataset]]:
-        deals = [partial(deal, rank=rank, world_size=world_size) for rank in range(world_size)]
-        ranks = [ShardedLoader(loader, 0, lambda: (1, 0), deal, int) for deal in deals]
+    def shares(loader: DataLoader[Batch], shard: Any, world_size: int) -> list[list[ImageDataset]]:
+        shards = [partial(shard, rank=rank, world_size=world_size) for rank in range(world_size)]
+        ranks = [ShardedLoader(loader, 0, lambda: (1, 0), shard, int) for shard in shards]
         return [[ImageDataset(*batch) for batch in rank] for rank in ranks]
 
     [alone], together = (shares(digits.train_dataloader(), shard_training, count) for count in (1, world_size))
@@ -140,7 +140,7 @@ def test_workers_share_its_batches(world_size: int, num_workers: int, digits: MN
     assert rows(*chain(*evaluated)) == rows(digits.parts["val"])
 
 
-def test_it_travels_without_the_data() -> None:
+def test_it_is_sent_without_the_data() -> None:
     module = MNISTDataModule("digits", batch_size=60, seed=3)
     module.check(world_size=4)
     packed = pickle.dumps(module)

@@ -505,7 +505,7 @@ def test_training_begins_where_the_trainer_stands_and_evaluation_at_the_start(ki
     [lambda: DataLoader(range(SIZE), BATCH), lambda: DataLoader(range(6), None), lambda: [[1, 2], [3], [4], [5]]],
     ids=["batches", "samples", "list"],
 )
-def test_prediction_has_whole_batches_in_turns_up_to_the_limit(
+def test_prediction_has_whole_batches_in_round_robin_up_to_the_limit(
     loader: Callable[[], Any], world_size: int, limit: int | float
 ) -> None:
     ranks = [given(loader(), rank, world_size, "predicting", limit=limit) for rank in range(world_size)]

@@ -27,7 +27,7 @@ def test_the_main_job_on_digits(command: Command, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_MODE"} | {"HOME": str(tmp_path)}
     done = command("--dataset", "digits", "--num-workers", "2", "--name", "run", env=environment)
     assert (done.returncode, done.stderr) == (0, "")
-    header, where, *epochs, summary = done.stdout.splitlines()
+    header, where, *epochs, last = done.stdout.splitlines()
     assert re.fullmatch(r"digits · SimpleModel \(101,770 parameters\) · 2 workers on CPU, Ray .*", header)
     assert where == "run folder runs/run"
     line = r"epoch {:2}/10  train_loss \d\.\d{{4}}  val_loss \d\.\d{{4}}  val_accuracy \d\.\d{{4}}  [\d,]+ samples/s"
@@ -35,7 +35,7 @@ def test_the_main_job_on_digits(command: Command, tmp_path: Path) -> None:
         assert re.fullmatch(line.format(number), text), text
     assert len(epochs) == 10
     result = json.loads((tmp_path / "runs/run/result.json").read_text())
-    assert summary == f"test accuracy {result['test_accuracy']:.4f} on 359 samples; run folder runs/run"
+    assert last == f"test accuracy {result['test_accuracy']:.4f} on 359 samples; run folder runs/run"
     assert result["test_accuracy"] >= 0.93
     assert (result["num_workers"], result["restarts"], result["device"]) == (2, 0, "cpu")
     plots = {path.name for path in (tmp_path / "runs/run/plots").iterdir()}

@@ -272,7 +272,7 @@ def test_no_samples_at_all_are_no_shares() -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("limit", [None, 0, 1, 5, 99])
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 16])
-def test_batches_dealt_out_in_turns_come_back_in_their_order(count: int, limit: int | None, world_size: int) -> None:
+def test_batches_in_round_robin_come_back_in_their_order(count: int, limit: int | None, world_size: int) -> None:
     batches = [[number, -number] for number in range(count)]
     per_rank = [
         [shard.items for shard in round_robin(batches, (rank, limit, world_size)) if (shard.samples, shard.weight)]
@@ -374,7 +374,7 @@ def test_samples_fetched_together_draw_the_same_again() -> None:
     assert samples_of(NoisyTogether(), epoch_pass=(3, 0)) == found != samples_of(NoisyTogether(), epoch_pass=(4, 0))
 
 
-def test_a_place_travels_with_its_indices() -> None:
+def test_a_position_is_sent_with_its_indices() -> None:
     indices: SeededIndices = next(iter(sharded_sampler(shuffled(), epoch_pass=(3, 1))))
     copy = pickle.loads(pickle.dumps(indices))
     assert (type(copy), copy, copy.seed_keys) == (SeededIndices, list(indices), indices.seed_keys)

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import wait_until
 from torchvision import datasets
 
 from ray_mnist.data import download, sources
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.timeout(60)
 
 # One clean process that has imported all and forks the rest: a child starts at once, and without our threads.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["ray_mnist.sources", "torchvision"])
+PROCESSES.set_forkserver_preload(["ray_mnist.data.download"])
 
 
 class Mirror(ThreadingHTTPServer):
@@ -154,19 +155,29 @@ def fetching(data_dir: Path, mirror: Mirror) -> Iterator[tuple[BaseProcess, Path
         child.join()
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
 def is_half_way(data_dir: Path) -> bool:
     return any(f.stat().st_size > 1_000_000 for f in data_dir.glob(".mnist-*/train-images*"))
 
 
 def is_waiting(log: Path) -> bool:
     return log.exists() and "Waiting up to 900 s for another process" in log.read_text()
+
+
+@contextmanager
+def fetching_and_waiting(data_dir: Path, mirror: Mirror) -> Iterator[tuple[BaseProcess, BaseProcess]]:
+    """Two processes that ask for the same data set: the first is half-way, the second waits for it."""
+    with fetching_half(data_dir, mirror) as first, fetching(data_dir, mirror) as (second, log):
+        wait_until(lambda: is_waiting(log), 30, "the second process to wait")
+        yield first, second
+
+
+@contextmanager
+def fetching_half(data_dir: Path, mirror: Mirror) -> Iterator[BaseProcess]:
+    """A process that has fetched half of a file, and no more while the mirror's gate is closed."""
+    mirror.gate.clear()
+    with fetching(data_dir, mirror) as (child, _):
+        wait_until(lambda: is_half_way(data_dir), 30, "half of a file")
+        yield child
 
 
 def contents(folder: Path) -> set[str]:
@@ -230,12 +241,20 @@ def test_the_published_mnist_is_read(mnist_files: Path) -> None:
     assert data.test_labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
 
-def test_our_class_names_are_torchvisions() -> None:
+def test_what_is_known_of_each_data_set() -> None:
     assert list(SOURCES) == ["mnist", "fashion-mnist", "kmnist", "cifar10", "digits"]
-    assert list(SOURCES["fashion-mnist"].class_names) == datasets.FashionMNIST.classes
-    assert list(SOURCES["kmnist"].class_names) == datasets.KMNIST.classes
-    assert [name[0] for name in datasets.MNIST.classes] == list(SOURCES["mnist"].class_names)
     assert {source.num_classes for source in SOURCES.values()} == {10}
+    assert SOURCES["mnist"].class_names == SOURCES["digits"].class_names == tuple("0123456789")
+    assert [SOURCES[name].class_names[9] for name in ("fashion-mnist", "kmnist")] == ["Ankle boot", "wo"]
+    assert SOURCES["fashion-mnist"].folders == ("FashionMNIST/raw",)
+    assert (
+        tuple(
+            f"{part}-ubyte"
+            for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+        )
+        == MNIST_FILES
+    )
+    assert (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta") == sources.CIFAR10_FILES
 
 
 @pytest.mark.parametrize("layout", [".", "MNIST/raw"])
@@ -333,15 +352,11 @@ def test_two_processes_fetch_once(tmp_path: Path, mirror: Mirror, mnist_files: P
     prepare("mnist", tmp_path / "alone", mirror.url)
     alone = mirror.requests.copy()
     mirror.requests.clear()
-    mirror.gate.clear()
     shared = tmp_path / "shared"
-    with fetching(shared, mirror) as (first, _):
-        wait_until(lambda: is_half_way(shared))
-        with fetching(shared, mirror) as (second, log):
-            wait_until(lambda: is_waiting(log))
-            mirror.gate.set()
-            first.join()
-            second.join()
+    with fetching_and_waiting(shared, mirror) as (first, second):
+        mirror.gate.set()
+        first.join()
+        second.join()
     assert (first.exitcode, second.exitcode) == (0, 0)
     assert mirror.requests == alone
     assert_intact(shared, mnist_files)
@@ -350,25 +365,19 @@ def test_two_processes_fetch_once(tmp_path: Path, mirror: Mirror, mnist_files: P
 def test_the_one_that_waits_takes_over_from_one_that_is_killed(
     tmp_path: Path, mirror: Mirror, mnist_files: Path
 ) -> None:
-    mirror.gate.clear()
     shared = tmp_path / "shared"
-    with fetching(shared, mirror) as (first, _):
-        wait_until(lambda: is_half_way(shared))
-        with fetching(shared, mirror) as (second, log):
-            wait_until(lambda: is_waiting(log))
-            first.kill()
-            first.join()
-            mirror.gate.set()
-            second.join()
+    with fetching_and_waiting(shared, mirror) as (first, second):
+        first.kill()
+        first.join()
+        mirror.gate.set()
+        second.join()
     assert second.exitcode == 0
     assert_intact(shared, mnist_files)
 
 
 def test_a_killed_download_is_never_taken_for_data(tmp_path: Path, mirror: Mirror, mnist_files: Path) -> None:
-    mirror.gate.clear()
     data_dir = tmp_path / "data"
-    with fetching(data_dir, mirror) as (child, _):
-        wait_until(lambda: is_half_way(data_dir))
+    with fetching_half(data_dir, mirror) as child:
         child.kill()
         child.join()
     assert is_half_way(data_dir)
@@ -383,9 +392,7 @@ def test_a_lock_that_is_never_freed_is_an_error(
 ) -> None:
     monkeypatch.setattr(download, "LOCK_NOTICE_SECONDS", 0.1)
     monkeypatch.setattr(download, "LOCK_SECONDS", 0.2)
-    mirror.gate.clear()
-    with fetching(tmp_path / "data", mirror):
-        wait_until(lambda: is_half_way(tmp_path / "data"))
+    with fetching_half(tmp_path / "data", mirror):
         text = sentence(lambda: prepare("mnist", tmp_path / "data", mirror.url))
     assert "Waited 0.2 s in vain for another process that is fetching mnist" in text
 

@@ -266,7 +266,7 @@ class Holds(SimpleModel):
     ],
     ids=["lock", "open file", "generator"],
 )
-def test_what_cannot_travel_is_named_with_its_path_before_anything_starts(
+def test_what_cannot_be_sent_is_named_with_its_path_before_anything_starts(
     what: Any, sentence: str, tmp_path: Path
 ) -> None:
     trainer = Trainer(num_workers=2, storage_path=str(tmp_path / "runs"), name="run")

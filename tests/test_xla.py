@@ -78,11 +78,11 @@ def losses(folder: Path, name: str) -> list[float]:
 def test_digits_on_one_core_as_on_the_cpu(train: Callable[..., Run], tmp_path: Path) -> None:
     on_tpu = train(1, "--dataset", "digits", "--tpu-cores", "1", "--name", "tpu")
     assert (on_tpu.returncode, on_tpu.stderr) == (0, "")
-    header, where, *epochs, summary = on_tpu.stdout.splitlines()
+    header, where, *epochs, last = on_tpu.stdout.splitlines()
     assert header == "digits · SimpleModel (101,770 parameters) · 1 TPU core, Lightning's XLA trainer"
     assert (where, len(epochs)) == ("run folder runs/tpu", 10)
     result = result_of(tmp_path, "tpu")
-    assert summary == f"test accuracy {result['test_accuracy']:.4f} on 359 samples; run folder runs/tpu"
+    assert last == f"test accuracy {result['test_accuracy']:.4f} on 359 samples; run folder runs/tpu"
     assert (result["device"], result["versions"]["torch_xla"]) == ("xla", "2.9.0")
     assert (result["steps"], result["restarts"]) == (10 * STEPS_PER_EPOCH, 0)
     assert (tmp_path / "runs/tpu/plots/mistakes.png").exists()

@@ -1,4 +1,7 @@
-"""Checks the node_config of AWS against EC2's own model of RunInstances, which comes with botocore: no network."""
+"""Checks the node_config of AWS against EC2's own model of RunInstances, which comes with botocore: no network.
+
+botocore's own ParamValidator knows no enums, so that any instance type would do, and shows values, which may be secret.
+"""
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches

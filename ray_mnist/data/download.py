@@ -9,17 +9,20 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, redirect_stderr, redirect_stdout, suppress
 from http.client import HTTPException
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import FileLock, Timeout
+from torchvision.datasets import MNIST
+from torchvision.datasets.utils import download_and_extract_archive
 
 from ray_mnist.data.sources import Source, source_of
 from ray_mnist.errors import RequestError
@@ -70,28 +73,19 @@ def _base_url(mirror: str) -> str:
     return mirror.rstrip("/") + "/"
 
 
-@contextmanager
-def _alone(dataset: str, data_dir: Path) -> Iterator[None]:
-    """Hold the lock of `dataset` in `data_dir`; the system frees it when its holder dies.
+def _alone(dataset: str, data_dir: Path) -> AbstractContextManager[Any]:
+    """The lock of `dataset` in `data_dir`, held until the `with` ends or the system finds its holder dead.
 
     Raises RequestError after LOCK_SECONDS, OSError if `data_dir` cannot be written.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(data_dir / f".{dataset}.lock")
-    _acquire(lock, f"another process that is fetching {dataset} (it holds {lock.lock_file})")
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _acquire(lock: BaseFileLock, holder: str) -> None:
     with suppress(Timeout):
-        lock.acquire(timeout=LOCK_NOTICE_SECONDS)
-        return
+        return lock.acquire(timeout=LOCK_NOTICE_SECONDS)
+    holder = f"another process that is fetching {dataset} (it holds {lock.lock_file})"
     logger.warning("Waiting up to %g s for %s.", LOCK_SECONDS, holder)
     try:
-        lock.acquire(timeout=LOCK_SECONDS)
+        return lock.acquire(timeout=LOCK_SECONDS)
     except Timeout as error:
         raise RequestError(
             f"Waited {LOCK_SECONDS:g} s in vain for {holder}: end it, or name another folder with --data.data_dir DIR."
@@ -106,7 +100,7 @@ def _fetch(dataset: str, source: Source, data_dir: Path, mirrors: Sequence[str] 
     processes left. Raises RequestError if no mirror delivers, OSError if `data_dir` cannot be written.
     """
     home = data_dir / source.folders[0]
-    published_mirrors, archives = _published(source)
+    published_mirrors, archives = _published(source.published)
     failures = []
     for leftover in data_dir.glob(f".{dataset}-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -130,12 +124,9 @@ def _fetch(dataset: str, source: Source, data_dir: Path, mirrors: Sequence[str] 
     )
 
 
-def _published(source: Source) -> tuple[Sequence[str], Sequence[tuple[str, str]]]:
-    """The base URLs torchvision knows for `source`, and the (name, md5) of each archive there."""
-    from torchvision import datasets
-
-    publisher = getattr(datasets, source.torchvision_name)
-    if issubclass(publisher, datasets.MNIST):
+def _published(publisher: Any) -> tuple[Sequence[str], Sequence[tuple[str, str]]]:
+    """The base URLs that torchvision knows for one of its data sets, and the (name, md5) of each archive there."""
+    if issubclass(publisher, MNIST):
         return publisher.mirrors, publisher.resources
     return [publisher.url.removesuffix(publisher.filename)], [(publisher.filename, publisher.tgz_md5)]
 
@@ -145,12 +136,15 @@ def _download(mirror: str, archives: Sequence[tuple[str, str]], folder: str) -> 
 
     Raises OSError, HTTPException, RuntimeError or ValueError, as urllib and torchvision do.
     """
-    from torchvision.datasets.utils import download_and_extract_archive
-
     _await_answer(mirror + archives[0][0])
-    with _bounded_sockets(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        for name, md5 in archives:
-            download_and_extract_archive(mirror + name, folder, filename=name, md5=md5, remove_finished=True)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(MIRROR_SECONDS)  # torchvision calls urllib without one
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            for name, md5 in archives:
+                download_and_extract_archive(mirror + name, folder, filename=name, md5=md5, remove_finished=True)
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _await_answer(url: str) -> None:
@@ -170,14 +164,3 @@ def _await_answer(url: str) -> None:
     Thread(target=ask, daemon=True).start()
     if not answered.wait(MIRROR_SECONDS):
         raise TimeoutError(f"no answer within {MIRROR_SECONDS:g} s")
-
-
-@contextmanager
-def _bounded_sockets() -> Iterator[None]:
-    """Give new sockets a time-out of MIRROR_SECONDS: torchvision calls urllib without one."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(MIRROR_SECONDS)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

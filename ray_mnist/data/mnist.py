@@ -61,6 +61,8 @@ def together(batch: Any) -> Any:
 class MNISTDataModule(LightningDataModule):
     """MNIST and its like: images as float32 (N, C, H, W) in [0, 1] with labels int64 (N,).
 
+    It has `input_shape`, the (C, H, W) of the images, `num_classes`, and `class_names`, what each label means.
+
     Args:
         dataset: mnist, fashion-mnist, kmnist, cifar10, or digits, which needs no network.
         data_dir: where the files are, or are to be put. It may be shared between machines.
@@ -84,7 +86,7 @@ class MNISTDataModule(LightningDataModule):
         mirror: str | None = None,
     ) -> None:
         super().__init__()
-        self.source = sources.source_of(dataset)
+        source = sources.source_of(dataset)
         if batch_size < 1:
             raise RequestError(f"--batch-size {batch_size} is not possible: give a whole number of at least 1.")
         if seed is not None and not 0 <= seed < 2**32:
@@ -99,21 +101,8 @@ class MNISTDataModule(LightningDataModule):
         self.save_hyperparameters(ignore=["seed"])
         self.save_hyperparameters({"seed": self.seed})
         self.parts: dict[str, ImageDataset] = {}
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images."""
-        return self.source.input_shape
-
-    @property
-    def num_classes(self) -> int:
-        """How many labels there are."""
-        return self.source.num_classes
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """What each label means."""
-        return self.source.class_names
+        self.input_shape, self.num_classes = source.input_shape, source.num_classes
+        self.class_names = source.class_names
 
     def check_batch_size(self, world_size: int) -> None:
         """Raises RequestError if a batch has not a sample for each of `world_size` workers; reads no data."""
@@ -179,7 +168,7 @@ class MNISTDataModule(LightningDataModule):
         return DataLoader(self.parts[part], collate_fn=together, num_workers=self.num_workers, **options)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Scales the images on the device, where it is cheap: uint8 travels, float32 in [0, 1] arrives."""
+        """Scales the images on the device, where it is cheap: they get there as uint8."""
         images, labels = batch
         images = images.float().div(255)
         # Lightning has given the batch its precision's type before, when the images were whole numbers.

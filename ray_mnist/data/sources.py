@@ -1,7 +1,7 @@
 """The data sets: what is known of each, and their files found, checked and read.
 
-Whatever is wrong with a file is a `RequestError`. torchvision takes seconds to import, so it is imported where it is
-needed and no earlier.
+torchvision publishes them. IDX files are read here: torchvision reads none that is gzipped, and names neither a damaged
+file nor what is wrong with it. Whatever is wrong with a file is a `RequestError`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torchvision.datasets import CIFAR10, KMNIST, MNIST, FashionMNIST  # no cost: Lightning has imported torchvision
 
 from ray_mnist.errors import RequestError
 
-MNIST_FILES = tuple(
-    f"{part}-ubyte" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-)
-CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
+MNIST_FILES = tuple(name.removesuffix(".gz") for name, _ in MNIST.resources)
+CIFAR10_FILES = (*(name for name, _ in CIFAR10.train_list + CIFAR10.test_list), CIFAR10.meta["filename"])
 
 
 class Images(NamedTuple):
@@ -41,14 +40,14 @@ class Source:
     """What is known of a data set before any of it is loaded, and how to read it.
 
     `files` are the names `read` needs, all of them in one of `folders` under `data_dir`; downloads go to
-    the first of these. `torchvision_name` is the class that publishes the mirrors and md5 sums.
+    the first of these. `published` is torchvision's class, which knows the mirrors and md5 sums.
     """
 
     class_names: tuple[str, ...]
     read: Callable[[Path], Images]
     folders: tuple[str, ...] = (".",)
     files: tuple[str, ...] = ()
-    torchvision_name: str = ""
+    published: Any = None
     input_shape: tuple[int, int, int] = (1, 28, 28)
 
     @property
@@ -130,8 +129,6 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray[tuple[int, ...], np.dty
 
 def _read_cifar10(folder: Path) -> Images:
     """Krizhevsky's five training batches and one test batch, each checked against its md5 sum."""
-    from torchvision.datasets import CIFAR10
-
     try:
         parts = [CIFAR10(folder.parent, train=train) for train in (True, False)]
     except (RuntimeError, OSError) as error:
@@ -147,7 +144,7 @@ def _read_digits(_: Path) -> Images:
 
     The test set is every fifth sample of each class, 359 in all. The end of the file would be another
     task: its order is by writer, and the last writers, whom training would never see, are the hardest.
-    Taking turns gives both sets the same writers and classes, without a draw that a seed could favour.
+    Every fifth gives both sets the same writers and classes, without a draw that a seed could favour.
     """
     from sklearn.datasets import load_digits
 
@@ -160,32 +157,19 @@ def _read_digits(_: Path) -> Images:
     return Images(images[~is_test], labels[~is_test], images[is_test], labels[is_test])
 
 
-def _mnist_like(torchvision_name: str, class_names: Sequence[str], *other_folders: str) -> Source:
-    folders = (f"{torchvision_name}/raw", *other_folders)
-    return Source(tuple(class_names), _read_mnist_like, folders, MNIST_FILES, torchvision_name)
+def _mnist_like(published: type[MNIST], *other_folders: str) -> Source:
+    class_names = tuple(name.partition(" - ")[0] for name in published.classes)
+    return Source(class_names, _read_mnist_like, (f"{published.__name__}/raw", *other_folders), MNIST_FILES, published)
 
 
-FASHION = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-KUZUSHIJI = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 OBJECTS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 # The three MNIST-likes name their files alike, so files that lie in `data_dir` itself, outside a folder
 # that says which of them they are, count as MNIST and nothing else.
 SOURCES: dict[str, Source] = {
-    "mnist": _mnist_like("MNIST", "0123456789", "."),
-    "fashion-mnist": _mnist_like("FashionMNIST", FASHION),
-    "kmnist": _mnist_like("KMNIST", KUZUSHIJI),
-    "cifar10": Source(OBJECTS, _read_cifar10, ("cifar-10-batches-py",), CIFAR10_FILES, "CIFAR10", (3, 32, 32)),
+    "mnist": _mnist_like(MNIST, "."),
+    "fashion-mnist": _mnist_like(FashionMNIST),
+    "kmnist": _mnist_like(KMNIST),
+    "cifar10": Source(OBJECTS, _read_cifar10, (CIFAR10.base_folder,), CIFAR10_FILES, CIFAR10, (3, 32, 32)),
     "digits": Source(tuple("0123456789"), _read_digits),
 }

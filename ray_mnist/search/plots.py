@@ -17,11 +17,8 @@ def draw(folder: RunFolder, rows: "list[TrialRow]", metric: str, mode: str) -> N
     save(folder, "curves", curves(rows, shown))
     ranked = [(trial.parameters, trial.best(metric, mode)) for trial in rows if not trial.failed]
     points = [(parameters, best[shown]) for parameters, best in ranked if best and shown in best]
-    names = list(dict.fromkeys(name for parameters, _ in points for name in parameters))
-    if names and points:
-        save(folder, "parameters", parameters_and(points, names, shown))
-    if len(names) > 2:
-        save(folder, "parallel", parallel(points, names, shown))
+    if any(parameters for parameters, _ in points):
+        save(folder, "parameters", by_parameter(points, shown))
 
 
 def curves(rows: "list[TrialRow]", metric: str) -> Figure:
@@ -37,41 +34,21 @@ def curves(rows: "list[TrialRow]", metric: str) -> Figure:
     return figure
 
 
-def parameters_and(points: list[tuple[dict[str, Any], float]], names: list[str], metric: str) -> Figure:
-    """The metric over the first parameter, a colour for each value of the second where it has few."""
-    first, second = (names * 2)[:2]
-    figure = Figure(figsize=(6, 4))
-    axes = figure.subplots()
-    groups = sorted({str(parameters[second]) for parameters, _ in points}, key=lambda text: (len(text), text))
-    groups = groups if second != first and len(groups) <= 8 else [""]
-    for group in groups:
-        chosen = [(parameters[first], y) for parameters, y in points if not group or str(parameters[second]) == group]
-        axes.scatter(*zip(*sorted(chosen, key=str), strict=True), label=group and f"{second} {group}")
-    numbers = [parameters[first] for parameters, _ in points if isinstance(parameters[first], float)]
-    if len(numbers) == len(points) and min(numbers) > 0 and max(numbers) > 20 * min(numbers):
-        axes.set_xscale("log")
-    axes.set(xlabel=first, ylabel=metric)
-    axes.grid(alpha=0.3)
-    if groups != [""]:
-        axes.legend()
-    return figure
-
-
-def parallel(points: list[tuple[dict[str, Any], float]], names: list[str], metric: str) -> Figure:
-    """One line a trial across all parameters, each on an axis of its own, coloured by the metric."""
-    figure = Figure(figsize=(1.6 * len(names) + 2, 4))
-    axes = figure.subplots()
-    places: dict[str, dict[Any, float]] = {}
-    for name in names:
-        values = sorted({parameters[name] for parameters, _ in points}, key=lambda value: (str(type(value)), value))
-        places[name] = {value: rank / max(1, len(values) - 1) for rank, value in enumerate(values)}
+def by_parameter(points: list[tuple[dict[str, Any], float]], metric: str) -> Figure:
+    """The metric of every trial over each parameter's value, a panel a parameter."""
+    names = list(dict.fromkeys(name for parameters, _ in points for name in parameters))
+    figure = Figure(figsize=(1 + 4 * len(names), 4), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     scores = [score for _, score in points]
-    low, span = min(scores), (max(scores) - min(scores)) or 1.0
-    from matplotlib import colormaps
-
-    for parameters, score in sorted(points, key=lambda point: point[1]):
-        heights = [places[name][parameters[name]] for name in names]
-        axes.plot(range(len(names)), heights, color=colormaps["viridis"]((score - low) / span), alpha=0.8)
-    axes.set_xticks(range(len(names)), names)
-    axes.set(ylabel="rank of the value", title=f"brighter: higher {metric}")
+    for name, axes in zip(names, panels, strict=True):
+        values = [parameters[name] for parameters, _ in points]
+        if all(type(value) in (int, float) for value in values):
+            axes.scatter(values, scores)
+            if 0 < 20 * min(values) < max(values):
+                axes.set_xscale("log")
+        else:
+            axes.scatter(*zip(*sorted(zip(map(str, values), scores, strict=True)), strict=True))
+        axes.set(xlabel=name)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel=metric)
     return figure

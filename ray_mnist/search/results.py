@@ -30,8 +30,7 @@ class TrialRow:
     def best(self, metric: str, mode: str) -> Row | None:
         """The best of its epochs; None if none was validated."""
         rows = [row for row in self.history if math.isfinite(row.get(metric, math.nan))]
-        choose = min if mode == "min" else max
-        return choose(rows, key=lambda row: row[metric]) if rows else None
+        return (min if mode == "min" else max)(rows, key=lambda row: row[metric], default=None)
 
 
 @dataclass

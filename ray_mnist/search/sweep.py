@@ -24,7 +24,7 @@ from ray_mnist.run.folder import RunFolder, checkpoint_name
 from ray_mnist.run.records import read_metrics, to_json
 from ray_mnist.search import space
 from ray_mnist.search.results import STOPPED_EARLY, SweepResult, TrialRow, reason, trials_csv, winner_of
-from ray_mnist.search.table import Table
+from ray_mnist.search.table import Table, on_terminal
 from ray_mnist.search.trial import Build, Plan, Trial, bundles, test_winner
 from ray_mnist.worker import Job
 
@@ -145,7 +145,8 @@ class Sweep:
                 console.say(f"sweep over {searched} of {report.describe_model(model)} on {self.dataset}")
                 console.say(f"{workers} worker{'s' * (workers > 1)} a trial, Ray {cluster}; sweep folder {folder}")
                 try:
-                    grid = in_thread(self._tuner(folder, needs).fit)
+                    with on_terminal():
+                        grid = in_thread(self._tuner(folder, needs).fit)
                 except KeyboardInterrupt:
                     raise KeyboardInterrupt(f"go on with --resume --name {name}") from None
                 begun = [result for result in grid if result.error or result.config]  # before the time was up
