@@ -16,6 +16,7 @@ from ray_mnist.distributed.loaders import LossWeighting, resumable_loaders, shar
 from ray_mnist.distributed.metrics import MetricSync
 from ray_mnist.distributed.serialization import fingerprints, public_state, sendable
 from ray_mnist.distributed.sharding import interleave
+from ray_mnist.run.events import EpochEnded, Event
 from ray_mnist.run.folder import RunFolder, local_file
 from ray_mnist.run.outcome import Evaluation, Outcome, Row, TrainerState
 from ray_mnist.run.records import metrics_csv
@@ -67,6 +68,9 @@ class WorkerContext(Protocol):
     def broadcast(self, value: str | None) -> str | None:
         """Rank 0's value, on every rank."""
 
+    def tell(self, event: Event) -> None:
+        """Takes news of the run for whoever follows it; it never waits, and never fails."""
+
 
 def run(job: Job, context: WorkerContext) -> Outcome | Evaluation:
     """Does the job's task."""
@@ -97,6 +101,8 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
         if checkpoint is not None:
             folder.write("metrics.csv", metrics_csv(recorder.history))
             folder.keep_only(name, recorder.best)
+            if recorder.history and metrics is recorder.history[-1]:
+                context.tell(EpochEnded(metrics))
 
     monitor, mode = job.monitor or monitor_of(job.lightning["callbacks"])
     recorder = Recorder(report, job.checkpoint_every_n_steps, monitor, mode)

@@ -20,9 +20,11 @@ from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
 from ray_mnist.cli.lightning_arguments import FIND_UNUSED
 from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError, TrainingError, one_line
+from ray_mnist.launch.channel import Outbox, over_ray
 from ray_mnist.launch.connection import environment, go_to, this_folder
 from ray_mnist.launch.failures import Failures, describe_all
 from ray_mnist.ray_internals import SNAPSHOT, AbortableTorchTrainer
+from ray_mnist.run.events import Tell
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
 from ray_mnist.worker import Job, run_and_collect
@@ -46,8 +48,8 @@ def bundle(config: RunConfig) -> dict[str, float]:
 class RayContext:
     """A `WorkerContext`: one of the worker processes of a TorchTrainer."""
 
-    def __init__(self, job: Job, use_gpu: bool) -> None:
-        self.job, self.use_gpu = job, use_gpu
+    def __init__(self, job: Job, use_gpu: bool, tell: Tell) -> None:
+        self.job, self.use_gpu, self.tell = job, use_gpu, tell
         self.context = ray.train.get_context()
 
     def trainer_arguments(self) -> dict[str, Any]:
@@ -135,13 +137,16 @@ def train_function(config: dict[str, Any]) -> Outcome | Evaluation:
     go_to(config["folder"])
     # One thread for the one CPU that is reserved: workers don't fight over cores, and round alike wherever they run.
     torch.set_num_threads(1)
+    outbox = Outbox(config["send"])
     try:
-        return run_and_collect(job, RayContext(job, config["use_gpu"]))
+        return run_and_collect(job, RayContext(job, config["use_gpu"], outbox.tell))
     except Exception as error:
         if "find_unused_parameters" in str(error):
             error = unused_parameters(job.model)
         error.add_note(traceback.format_exc())  # which would stay behind on this machine
         raise error
+    finally:
+        outbox.close()
 
 
 def unused_parameters(model: pl.LightningModule) -> RequestError:
@@ -154,18 +159,18 @@ def unused_parameters(model: pl.LightningModule) -> RequestError:
 
 
 def launch(
-    job: Job, config: RunConfig, trainer_class: type[AbortableTorchTrainer] = AbortableTorchTrainer
+    job: Job, config: RunConfig, tell: Tell, trainer_class: type[AbortableTorchTrainer] = AbortableTorchTrainer
 ) -> Outcome | Evaluation:
-    """Does the job on `config.num_workers` Ray workers; needs a `connection.connect`.
+    """Does the job on `config.num_workers` Ray workers, and tells of it; needs a `connection.connect`.
 
     Raises:
         RequestError: a worker found that the request cannot be met.
         TrainingError: training failed, more often than `config.max_failures` allows.
     """
-    with environment(RAY_TRAIN_SETTINGS):
+    with environment(RAY_TRAIN_SETTINGS), over_ray(tell) as send:
         trainer = trainer_class(
             train_function,
-            train_loop_config={"job": job, "use_gpu": config.use_gpu, "folder": this_folder()},
+            train_loop_config={"job": job, "use_gpu": config.use_gpu, "folder": this_folder(), "send": send},
             torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=bundle(config)
@@ -178,7 +183,7 @@ def launch(
                     max_preemption_failures=config.max_failures,
                     controller_failure_limit=1,
                 ),
-                callbacks=[Failures(job.folder, config.max_failures)],
+                callbacks=[Failures(job.folder, config.max_failures, send)],
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),
         )
