@@ -119,7 +119,7 @@ class Recorder(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves once more where something changed the weights after the last epoch, as averaging them does."""
         if self._saved and self._saved != versions(pl_module):
-            self._save(trainer, self.history[-1])
+            self._save(trainer, {"epoch": trainer.current_epoch, "step": trainer.global_step})
 
     def _save(self, trainer: Trainer, metrics: Row) -> None:
         self._last_step = trainer.global_step

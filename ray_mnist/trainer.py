@@ -18,8 +18,10 @@ from ray_mnist.config import OPTIONS, RunConfig, global_seed
 from ray_mnist.errors import RequestError
 from ray_mnist.launch.select import prepare
 from ray_mnist.run import report
+from ray_mnist.run.events import EpochEnded
 from ray_mnist.run.folder import RunFolder, local_file
 from ray_mnist.run.outcome import Evaluation, Outcome, TrainerState
+from ray_mnist.run.records import read_metrics
 from ray_mnist.run.report import Result
 from ray_mnist.worker import Job
 
@@ -104,9 +106,9 @@ class Trainer:
             self._write_config(folder, model, data)
             console.say(f"{report.dataset_name(data, model)} · {report.describe_model(model)} · {where}")
             console.say(f"run folder {folder}")
+            show = console.Display(self.lightning["max_epochs"], read_metrics(folder))
             try:
-                with console.follow(folder, self.lightning["max_epochs"]):
-                    outcome: Outcome = launch()
+                outcome: Outcome = launch(show)
             except RequestError:
                 if saved_config:
                     folder.write("config.yaml", saved_config)
@@ -116,6 +118,8 @@ class Trainer:
             except KeyboardInterrupt:
                 advice = report.how_to_resume(folder.name, self.config, bool(self.full_config))
                 raise KeyboardInterrupt(advice) from None
+            for row in outcome.history:
+                show(EpochEnded(row))  # where the news of it was lost
             result = report.write_result(folder, self.config, model, data, outcome, started)
         self._fits += 1
         self.lightning_module, self._data, self._folder, self._result = model, data, folder, result
@@ -291,7 +295,7 @@ class Trainer:
         job = self._job(task, model, data, f".{task}-{uuid.uuid4().hex}", ckpt_path, weights_only, **more)
         try:
             with console.quiet(), prepare(job, self.config) as (_, launch):
-                evaluation: Evaluation = launch()
+                evaluation: Evaluation = launch(console.Display())
         finally:
             if job.folder.exists():
                 job.folder.remove()

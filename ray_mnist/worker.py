@@ -19,6 +19,7 @@ from ray_mnist.distributed.serialization import fingerprints, public_state, send
 from ray_mnist.distributed.sharding import interleave
 from ray_mnist.distributed.strategy import LoadsOncePerNode, extend, shard_loaders
 from ray_mnist.errors import RequestError
+from ray_mnist.run.events import EpochEnded, Event
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row, TrainerState
 from ray_mnist.run.records import metrics_csv
@@ -69,6 +70,9 @@ class WorkerContext(Protocol):
     def report(self, metrics: Row, name: str, checkpoint: Path | None) -> None:
         """Takes in a checkpoint (on rank 0; None elsewhere). All ranks call it, together."""
 
+    def tell(self, event: Event) -> None:
+        """Takes news of the run for whoever follows it; it never waits, and never fails."""
+
 
 def run(job: Job, context: WorkerContext) -> Outcome | Evaluation:
     """Does the job's task."""
@@ -117,6 +121,8 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
         if checkpoint is not None:
             folder.write("metrics.csv", metrics_csv(recorder.history))
             folder.keep_only(name, recorder.best)
+            if recorder.history and metrics is recorder.history[-1]:
+                context.tell(EpochEnded(metrics))
 
     monitor, mode = job.monitor or monitor_of(job.lightning["callbacks"])
     recorder = Recorder(report, job.checkpoint_every_n_steps, monitor, mode)

@@ -23,6 +23,7 @@ from ray_mnist.launch import ray as launch
 from ray_mnist.launch import select
 from ray_mnist.launch.connection import this_folder
 from ray_mnist.launch.failures import describe_all
+from ray_mnist.run.events import Tell
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
 from ray_mnist.worker import Job
 
@@ -47,12 +48,12 @@ class GlooContext(launch.RayContext):
 def on_gloo(job: Job, config: RunConfig) -> Iterator[tuple[str, Any]]:
     """In place of `select.on_ray`."""
     select.check_serializable_job(job)
-    yield f"{config.num_workers} workers over gloo", lambda: run(job, config.num_workers)
+    yield f"{config.num_workers} workers over gloo", lambda tell: run(job, config.num_workers, tell)
 
 
-def run(job: Job, num_workers: int) -> Outcome | Evaluation:
+def run(job: Job, num_workers: int, tell: Tell) -> Outcome | Evaluation:
     """Does the job, without second tries; errors are those of `launch.ray.launch`."""
-    packed = cloudpickle.dumps({"job": job, "use_gpu": False, "folder": this_folder()})
+    packed = cloudpickle.dumps({"job": job, "use_gpu": False, "threads": 1, "folder": this_folder()})
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks, workers = {}, []
     for rank in range(num_workers):
@@ -63,7 +64,7 @@ def run(job: Job, num_workers: int) -> Outcome | Evaluation:
         ranks[mine] = rank
         workers.append(worker)
     try:
-        outcomes, errors = receive(ranks)
+        outcomes, errors = receive(ranks, tell)
     finally:
         for worker in workers:
             worker.kill()
@@ -76,8 +77,8 @@ def run(job: Job, num_workers: int) -> Outcome | Evaluation:
     return outcomes[0]
 
 
-def receive(ranks: dict[Connection, int]) -> tuple[dict[int, Any], dict[int, Exception]]:
-    """What the ranks returned, and what they raised."""
+def receive(ranks: dict[Connection, int], tell: Tell) -> tuple[dict[int, Any], dict[int, Exception]]:
+    """What the ranks returned, and what they raised; what they tell meanwhile is handed on."""
     outcomes, errors = dict[int, Any](), dict[int, Exception]()
     while ranks:
         ready = connection.wait(ranks, PEERS_S if errors else JOB_S)
@@ -85,11 +86,15 @@ def receive(ranks: dict[Connection, int]) -> tuple[dict[int, Any], dict[int, Exc
             break
         assert ready, f"ranks {sorted(ranks.values())} said nothing for {JOB_S} s"
         for pipe in ready:
-            rank = ranks.pop(pipe)
             try:
-                outcome, error = cloudpickle.loads(pipe.recv_bytes())
+                events, outcome, error = cloudpickle.loads(pipe.recv_bytes())
             except EOFError:
-                outcome, error = None, ChildProcessError("the process is gone")
+                events, outcome, error = [], None, ChildProcessError("the process is gone")
+            for event in events:
+                tell(event)
+            if events:
+                continue
+            rank = ranks.pop(pipe)
             if error:
                 errors[rank] = error
             else:
@@ -105,18 +110,21 @@ def work(packed: bytes, rank: int, world_size: int, port: int, home: Connection)
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # the store is there
     launch.RayContext = GlooContext
+    config = cloudpickle.loads(packed) | {
+        "send": lambda events: home.send_bytes(cloudpickle.dumps((events, None, None)))
+    }
     outcome = error = None
     try:
         # With no workers for Ray to start.
         trainer = TorchTrainer(
             launch.train_function,
-            train_loop_config=cloudpickle.loads(packed),
+            train_loop_config=config,
             scaling_config=ray.train.ScalingConfig(num_workers=0),
         )
         outcome = trainer.fit().return_value
     except Exception as raised:
         error = raised
-    home.send_bytes(cloudpickle.dumps((outcome, error)))
+    home.send_bytes(cloudpickle.dumps(([], outcome, error)))
 
 
 def die_with_the_tests() -> None:

@@ -4,7 +4,9 @@ import csv
 import json
 import multiprocessing
 import os
+import re
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch.utils.data import TensorDataset
 
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
 from ray_mnist.data import sources
+from ray_mnist.launch import local
 from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name
 from ray_mnist.run.outcome import Row
 
@@ -210,6 +213,73 @@ def test_what_is_drawn_is_the_seeds_alone(tmp_path: Path) -> None:
     )
     assert_same_training(same, one)
     assert not torch.equal(other.model.net[1].weight, one.model.net[1].weight)
+
+
+# What it shows
+
+
+def epochs_shown(capsys: pytest.CaptureFixture[str]) -> list[int]:
+    return [int(epoch) for epoch in re.findall(r"^epoch +(\d+)/", capsys.readouterr().out, re.MULTILINE)]
+
+
+class Shown(pl.Callback):
+    """Collects the epochs that were shown by the time that the next one starts; from then on, no metrics are read."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+        self.epochs: list[list[int]] = []
+
+    def on_train_epoch_start(self, *_: object) -> None:
+        self.epochs.append(epochs_shown(self.capsys))
+        read = RunFolder.read
+
+        def refuse(folder: RunFolder, file: str) -> bytes:
+            if file == "metrics.csv":
+                raise OSError("SlowDown: reduce your request rate")
+            return read(folder, file)
+
+        self.monkeypatch.setattr(RunFolder, "read", refuse)
+
+
+def test_each_epoch_is_shown_as_it_ends_without_a_look_at_the_storage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = Shown(capsys, monkeypatch)
+    train(tmp_path, "run", callbacks=[shown])
+    assert shown.epochs == [[], [1], [2]]
+    assert epochs_shown(capsys) == [3]
+
+
+def test_a_resumed_run_shows_its_own_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Stopped):
+        train(tmp_path, "run", callbacks=[Stop(at=STEPS_PER_EPOCH + 3)])
+    assert epochs_shown(capsys) == [1]
+    train(tmp_path, "run", resume=True)
+    assert epochs_shown(capsys) == [2, 3]
+
+
+def test_news_that_was_lost_is_shown_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = local.launch
+
+    def launch_unheard(job: Any, context: Any) -> Any:
+        context.tell = lambda event: None
+        return launch(job, context)
+
+    monkeypatch.setattr(local, "launch", launch_unheard)
+    train(tmp_path, "run")
+    assert epochs_shown(capsys) == [1, 2, 3]
+
+
+def test_a_terminal_that_is_gone_harms_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(pl.Callback):
+        def on_train_start(self, *_: object) -> None:
+            reading, writing = os.pipe()
+            os.close(reading)
+            monkeypatch.setattr(sys, "stdout", os.fdopen(writing, "w", buffering=1))
+
+    assert len(train(tmp_path, "run", callbacks=[Gone()]).history) == EPOCHS
 
 
 # The test, recomputed with nothing but torch

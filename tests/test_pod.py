@@ -16,6 +16,7 @@ from ray.cluster_utils import Cluster as LocalCluster
 
 from ray_mnist.errors import RequestError, TrainingError
 from ray_mnist.launch import pod
+from ray_mnist.run.events import EpochEnded
 
 pytestmark = pytest.mark.slow
 
@@ -121,7 +122,7 @@ def test_a_host_that_fails_ends_the_others(cluster: LocalCluster, function: Any,
 
 
 def test_the_outcome_is_the_host_s_that_has_it(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train_on_host(job: Any, cores: int, address: tuple[str, int], folder: Any) -> Any:
+    def train_on_host(job: Any, cores: int, address: tuple[str, int], folder: Any, send: Any) -> Any:
         # What `xla.launch_host` does with them: the processes of all hosts meet at one store of the driver's.
         from torch.distributed import TCPStore
 
@@ -129,12 +130,15 @@ def test_the_outcome_is_the_host_s_that_has_it(cluster: LocalCluster, monkeypatc
         ranks = store.add("ranks", cores)
         while store.add("ranks", 0) < cores * HOSTS:
             time.sleep(0.05)
+        send([EpochEnded({"epoch": ranks})])
         return (job, cores) if ranks == cores else None
 
     monkeypatch.setattr(pod, "train_on_host", train_on_host)
     job: Any = "the job"
+    told: list[Any] = []
     with pod.reserved(16, 60, silence) as hosts:
-        assert pod.launch(job, hosts) == ("the job", 4)  # type: ignore[comparison-overlap]
+        assert pod.launch(job, hosts, told.append) == ("the job", 4)  # type: ignore[comparison-overlap]
+    assert {event.row["epoch"] for event in told} == {4, 8, 12, 16}
 
 
 def test_no_slice_at_all() -> None:

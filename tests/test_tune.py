@@ -26,10 +26,14 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, TrainingError, tune
+from ray_mnist.cli.lightning_arguments import for_lightning
+from ray_mnist.config import RunConfig
+from ray_mnist.launch.connection import this_folder
 from ray_mnist.ray_internals import TrialTorchTrainer
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.records import read_metrics
 from ray_mnist.search import space
+from ray_mnist.search.trial import Plan, Trial
 
 DIGITS = {"data": {"dataset": "digits"}}
 
@@ -144,6 +148,42 @@ def test_a_sweeps_arithmetic_comes_before_its_data(tmp_path: Path, monkeypatch: 
     with pytest.raises(RequestError, match="--batch-size 2 is the batch over all workers"):
         tune(SimpleModel, MNISTDataModule, {"data.batch_size": [64, 2]}, data=nowhere, num_workers=3)
     assert list(tmp_path.iterdir()) == []
+
+
+# What a trial tells Ray Tune
+
+
+def build(parameters: dict[str, Any]) -> tuple[SimpleModel, MNISTDataModule]:
+    return SimpleModel(**parameters), MNISTDataModule("digits")
+
+
+def test_a_trial_waits_for_its_epochs_without_a_look_at_the_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig(max_epochs=3)
+    lightning = for_lightning({"logger": False, "max_epochs": 3}, config)
+    plan = Plan(build, config, lightning, "val_loss", "min", str(tmp_path), this_folder())
+    looks, read = [], RunFolder.read
+
+    def count(folder: RunFolder, file: str) -> bytes:
+        looks.append(file)
+        return read(folder, file)
+
+    monkeypatch.setattr(RunFolder, "read", count)
+
+    class Planned(Trial):
+        def setup(self, config: dict[str, Any]) -> None:  # type: ignore[override]
+            super().setup(config, plan)
+
+    trial = Planned({"lr": 1e-3})
+    told = [trial.train() for _ in range(4)]
+    trial.stop()
+    assert [(result["epoch"], result["done"]) for result in told] == [(1, False), (2, False), (3, False), (3, True)]
+    assert [result["val_loss"] for result in told[:3]] == [
+        row["val_loss"] for row in read_metrics(RunFolder(str(tmp_path), trial.trial_id))
+    ]
+    assert looks == ["metrics.csv"] * 2  # for what an earlier start of the trial had told, and the line above
 
 
 # What a sweep does

@@ -2,20 +2,18 @@
 
 import logging
 import sys
-import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 
 from ray_mnist.errors import RequestError, TrainingError, one_line
-from ray_mnist.run.folder import RunFolder
+from ray_mnist.run.events import EpochEnded, Event, WorkersFailed
 from ray_mnist.run.outcome import Row
-from ray_mnist.run.records import read_failures, read_metrics
+from ray_mnist.run.records import LAST_COLUMNS, columns
 
-POLL_S = 0.3
 NOISY_LOGGERS = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "ray", "py.warnings")
 
 console = Console(highlight=False, soft_wrap=True)
@@ -29,38 +27,31 @@ def say(line: str) -> None:
 def epoch_line(row: Row, max_epochs: int) -> str:
     """Such as `epoch  3/10  train_loss 0.2104  val_loss 0.2310  val_accuracy 0.9312  41,203 samples/s`."""
     width, of = (len(str(max_epochs)), f"/{max_epochs}") if max_epochs > 0 else (3, "")
-    own = ("epoch", "step", "samples_per_second", "seconds")
-    metrics = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in own)
+    others = ("epoch", "step", *LAST_COLUMNS)
+    metrics = "  ".join(f"{name} {row[name]:.4f}" for name in columns([row]) if name in row and name not in others)
     return f"epoch {row['epoch']:{width}.0f}{of}  {metrics}  {row['samples_per_second']:,.0f} samples/s"
 
 
-@contextmanager
-def follow(folder: RunFolder, max_epochs: int) -> Iterator[None]:
-    """Prints each epoch and each failure as the workers, wherever they are, write them into the run folder."""
-    shown_epochs, shown_failures = len(read_metrics(folder)), len(read_failures(folder))
-    finished = threading.Event()
+class Display:
+    """Shows what a run tells of itself: each epoch once, and each failure. A terminal that is gone harms no run.
 
-    def show_news() -> None:
-        nonlocal shown_epochs, shown_failures
-        for failure in read_failures(folder)[shown_failures:]:
-            say(f"failure: {failure}")
-            shown_failures += 1
-        for row in read_metrics(folder)[shown_epochs:]:
-            say(epoch_line(row, max_epochs))
-            shown_epochs += 1
+    Args:
+        max_epochs: of the run.
+        known: the rows of the epochs that a run before this one has shown.
+    """
 
-    def watch() -> None:
-        while not finished.wait(POLL_S):
-            show_news()
+    def __init__(self, max_epochs: int = -1, known: Sequence[Row] = ()) -> None:
+        self.max_epochs, self.shown = max_epochs, max((row["epoch"] for row in known), default=0)
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        watcher.join()
-        show_news()
+    def __call__(self, event: Event) -> None:
+        """Shows it."""
+        with suppress(OSError, ValueError, SystemExit):  # the last is rich's, for a pipe that nobody reads
+            match event:
+                case EpochEnded(row) if row["epoch"] > self.shown:
+                    self.shown = row["epoch"]
+                    say(epoch_line(row, self.max_epochs))
+                case WorkersFailed(message):
+                    say(f"failure: {message}")
 
 
 @contextmanager

@@ -10,8 +10,10 @@ from ray.exceptions import RayError
 
 from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
 from ray_mnist.errors import RequestError, TrainingError, one_line
+from ray_mnist.launch.channel import Send
+from ray_mnist.run.events import WorkersFailed
 from ray_mnist.run.folder import RunFolder
-from ray_mnist.run.records import FAILURES
+from ray_mnist.run.records import FAILURES, one_failure
 
 # The user's own errors: Python's, Lightning's, and what torch says of tensors that do not fit.
 PYTHONS = (
@@ -36,11 +38,11 @@ PEERS = re.compile("gloo|nccl|process group", re.IGNORECASE)
 
 
 class Failures(ray.train.UserCallback):
-    """Runs in Ray Train's controller: writes down each failure, and ends the run where trying again is no use."""
+    """Runs in Ray Train's controller: tells and writes down each failure, and ends the run where trying is no use."""
 
-    def __init__(self, folder: RunFolder, max_failures: int) -> None:
+    def __init__(self, folder: RunFolder, max_failures: int, send: Send) -> None:
         self.storage_path, self.name = folder.storage_path, folder.name
-        self.tries_left = max_failures
+        self.tries_left, self.send = max_failures, send
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Adds a line to the run folder's list of failures, unless the request was wrong: that leaves no folder."""
@@ -55,9 +57,11 @@ class Failures(ray.train.UserCallback):
         then = (
             f"starting again, once all workers have room (waiting up to {WAIT_FOR_NODES_S} s)" if again else "giving up"
         )
+        failure = {"workers": failures, "then": then}
+        self.send([WorkersFailed(one_failure(failure))])
         with suppress(OSError):  # storage that fails is something to recover from, too
             before = folder.read(FAILURES).decode() if folder.has(FAILURES) else ""
-            folder.write(FAILURES, before + json.dumps({"workers": failures, "then": then}) + "\n")
+            folder.write(FAILURES, before + json.dumps(failure) + "\n")
         if bug:
             raise describe_all(worker_exceptions)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ray_mnist.errors import RequestError
+from ray_mnist.run.events import Tell
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
 from ray_mnist.worker import Job, WorkerContext, run
 
@@ -17,8 +18,8 @@ from ray_mnist.worker import Job, WorkerContext, run
 class LocalContext:
     """A `WorkerContext` with one rank; it looks after the run folder's checkpoints itself."""
 
-    def __init__(self, job: Job, use_gpu: bool) -> None:
-        self.job, self.use_gpu = job, use_gpu
+    def __init__(self, job: Job, use_gpu: bool, tell: Tell) -> None:
+        self.job, self.use_gpu, self.tell = job, use_gpu, tell
 
     def trainer_arguments(self) -> dict[str, Any]:
         """One device."""

@@ -13,7 +13,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from ray_mnist.checks.preflight import Cluster
 from ray_mnist.errors import RequestError, TrainingError, one_line
 from ray_mnist.launch import tpu
+from ray_mnist.launch.channel import Send, over_ray
 from ray_mnist.launch.connection import go_to, this_folder
+from ray_mnist.run.events import Tell
 from ray_mnist.run.outcome import Evaluation, Outcome
 from ray_mnist.worker import Job
 
@@ -100,8 +102,8 @@ def place(wanted: Slice, timeout_s: float) -> SlicePlacementGroup | None:
     return None
 
 
-def launch(job: Job, hosts: SlicePlacementGroup) -> Outcome | Evaluation:
-    """Does the job on all cores of all hosts.
+def launch(job: Job, hosts: SlicePlacementGroup, tell: Tell) -> Outcome | Evaluation:
+    """Does the job on all cores of all hosts, and tells of it.
 
     Raises:
         RequestError: a host found that the request cannot be met.
@@ -110,17 +112,18 @@ def launch(job: Job, hosts: SlicePlacementGroup) -> Outcome | Evaluation:
     address = ray.util.get_node_ip_address()
     store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
     arguments = (job, hosts.chips_per_host, (address, store.port), this_folder())
-    outcomes = on_every_host(train_on_host, *arguments, hosts=hosts)
+    with over_ray(tell) as send:
+        outcomes = on_every_host(train_on_host, *arguments, send, hosts=hosts)
     return next(outcome for outcome in outcomes if outcome is not None)
 
 
-def train_on_host(job: Job, cores: int, address: Any, folder: Any) -> Outcome | Evaluation | None:
+def train_on_host(job: Job, cores: int, address: Any, folder: Any, send: Send) -> Outcome | Evaluation | None:
     """What each host runs; the outcome comes from the one with rank 0."""
     go_to(folder)
     tpu.check_torch_xla()  # this host's
     from ray_mnist.launch import xla
 
-    return xla.launch_host(job, cores, address)
+    return xla.launch_host(job, cores, address, lambda event: send([event]))
 
 
 def on_every_host(function: Callable[..., Any], *arguments: Any, hosts: SlicePlacementGroup) -> list[Any]:

@@ -21,9 +21,11 @@ from ray_mnist.cli.lightning_arguments import FIND_UNUSED
 from ray_mnist.config import RunConfig
 from ray_mnist.distributed.strategy import FollowsFreezing, extend
 from ray_mnist.errors import RequestError, TrainingError, one_line
+from ray_mnist.launch.channel import Outbox, over_ray
 from ray_mnist.launch.connection import environment, go_to, this_folder
 from ray_mnist.launch.failures import Failures, describe_all
 from ray_mnist.ray_internals import SNAPSHOT, AbortableTorchTrainer
+from ray_mnist.run.events import Tell
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
 from ray_mnist.worker import Job, run_and_collect
@@ -63,8 +65,8 @@ def with_cpus(config: RunConfig, cluster: Cluster) -> RunConfig:
 class RayContext:
     """A `WorkerContext`: one of the worker processes of a TorchTrainer."""
 
-    def __init__(self, job: Job, use_gpu: bool) -> None:
-        self.job, self.use_gpu = job, use_gpu
+    def __init__(self, job: Job, use_gpu: bool, tell: Tell) -> None:
+        self.job, self.use_gpu, self.tell = job, use_gpu, tell
         self.context = ray.train.get_context()
 
     def trainer_arguments(self) -> dict[str, Any]:
@@ -123,7 +125,8 @@ def train_function(config: dict[str, Any]) -> Outcome | Evaluation | None:
     job: Job = config["job"]
     go_to(config["folder"])
     torch.set_num_threads(config["threads"])  # as many as CPUs are reserved: workers don't fight over cores
-    context = RayContext(job, config["use_gpu"])
+    outbox = Outbox(config["send"])
+    context = RayContext(job, config["use_gpu"], outbox.tell)
     try:
         outcome = run_and_collect(job, context)
         return outcome if context.context.get_world_rank() == 0 else None
@@ -132,6 +135,8 @@ def train_function(config: dict[str, Any]) -> Outcome | Evaluation | None:
             error = unused_parameters(job.model)
         error.add_note(traceback.format_exc())  # which would stay behind on this machine
         raise error
+    finally:
+        outbox.close()
 
 
 def unused_parameters(model: pl.LightningModule) -> RequestError:
@@ -144,15 +149,15 @@ def unused_parameters(model: pl.LightningModule) -> RequestError:
 
 
 def launch(
-    job: Job, config: RunConfig, trainer_class: type[AbortableTorchTrainer] = AbortableTorchTrainer
+    job: Job, config: RunConfig, tell: Tell, trainer_class: type[AbortableTorchTrainer] = AbortableTorchTrainer
 ) -> Outcome | Evaluation:
-    """Does the job on `config.num_workers` Ray workers; needs a `connection.connect`.
+    """Does the job on `config.num_workers` Ray workers, and tells of it; needs a `connection.connect`.
 
     Raises:
         RequestError: a worker found that the request cannot be met.
         TrainingError: training failed, more often than `config.max_failures` allows.
     """
-    with environment(RAY_TRAIN_SETTINGS):
+    with environment(RAY_TRAIN_SETTINGS), over_ray(tell) as send:
         trainer = trainer_class(
             train_function,
             train_loop_config={
@@ -160,6 +165,7 @@ def launch(
                 "use_gpu": config.use_gpu,
                 "threads": config.cpus_per_worker or 1,
                 "folder": this_folder(),
+                "send": send,
             },
             torch_config=TorchConfig(backend=process_group_backend(config.use_gpu)),
             scaling_config=ray.train.ScalingConfig(
@@ -173,7 +179,7 @@ def launch(
                     max_preemption_failures=config.max_failures,
                     controller_failure_limit=1,
                 ),
-                callbacks=[Failures(job.folder, config.max_failures)],
+                callbacks=[Failures(job.folder, config.max_failures, send)],
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),
         )

@@ -10,9 +10,10 @@ from ray_mnist.checks import preflight
 from ray_mnist.cli import console
 from ray_mnist.config import RunConfig
 from ray_mnist.data import MNISTDataModule
+from ray_mnist.run.events import Tell
 from ray_mnist.worker import Job
 
-Launch = Callable[[], Any]
+Launch = Callable[[Tell], Any]
 Prepared = Iterator[tuple[str, Launch]]
 
 
@@ -65,8 +66,11 @@ def here(job: Job, config: RunConfig) -> Prepared:
 
     local.check(config.use_gpu)
     check_data(job, config)
-    context = local.LocalContext(job, config.use_gpu)
-    yield f"this process, on {'GPU' if config.use_gpu else 'CPU'}", lambda: local.launch(job, context)
+
+    def launch(tell: Tell) -> Any:
+        return local.launch(job, local.LocalContext(job, config.use_gpu, tell))
+
+    yield f"this process, on {'GPU' if config.use_gpu else 'CPU'}", launch
 
 
 def on_ray(job: Job, config: RunConfig) -> Prepared:
@@ -82,7 +86,8 @@ def on_ray(job: Job, config: RunConfig) -> Prepared:
         )
         preflight.check_shared_storage(job.folder, cluster)
         workers = f"{config.num_workers} worker{'s' if config.num_workers > 1 else ''}"
-        yield f"{workers} on {'GPU' if config.use_gpu else 'CPU'}, Ray {cluster}", lambda: ray.launch(job, config)
+        where = f"{workers} on {'GPU' if config.use_gpu else 'CPU'}, Ray {cluster}"
+        yield where, lambda tell: ray.launch(job, config, tell)
 
 
 def on_tpu(job: Job, config: RunConfig) -> Prepared:
@@ -96,7 +101,7 @@ def on_tpu(job: Job, config: RunConfig) -> Prepared:
     if not tpu.on_cluster(config):
         from ray_mnist.launch import xla
 
-        yield cores, lambda: xla.launch(job, config.tpu_cores)
+        yield cores, lambda tell: xla.launch(job, config.tpu_cores, tell)
         return
     from ray_mnist.launch import pod
 
@@ -105,7 +110,7 @@ def on_tpu(job: Job, config: RunConfig) -> Prepared:
         cluster = preflight.Cluster.current()
         preflight.check_shared_storage(job.folder, cluster)
         on_hosts = f"on {hosts.num_hosts} host{'s' if hosts.num_hosts > 1 else ''}"
-        yield f"{cores} {on_hosts}, Ray {cluster}", lambda: pod.launch(job, hosts)
+        yield f"{cores} {on_hosts}, Ray {cluster}", lambda tell: pod.launch(job, hosts, tell)
 
 
 def check_serializable_job(job: Job) -> None:

@@ -27,6 +27,8 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from ray_mnist.errors import RequestError, TrainingError, one_line
 from ray_mnist.launch import local
+from ray_mnist.launch.channel import Outbox, Send, over_pipe
+from ray_mnist.run.events import Tell
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
 from ray_mnist.worker import Job, run_and_collect
 
@@ -101,8 +103,8 @@ def gather_on_host(value: Tensor, group: Any = None) -> list[Tensor]:
 class XLAContext(local.LocalContext):
     """A `WorkerContext`: one of `cores` of this host, and perhaps of other hosts."""
 
-    def __init__(self, job: Job, cores: int) -> None:
-        super().__init__(job, use_gpu=False)
+    def __init__(self, job: Job, cores: int, tell: Tell) -> None:
+        super().__init__(job, use_gpu=False, tell=tell)
         self.cores = cores
 
     def trainer_arguments(self) -> dict[str, Any]:
@@ -116,8 +118,8 @@ class XLAContext(local.LocalContext):
             super().report(metrics, name, checkpoint)
 
 
-def launch(job: Job, cores: int) -> Outcome | Evaluation:
-    """Does the job on one core of this host, or on all.
+def launch(job: Job, cores: int, tell: Tell) -> Outcome | Evaluation:
+    """Does the job on one core of this host, or on all, and tells of it.
 
     Raises:
         RequestError: a core found that the request cannot be met.
@@ -125,25 +127,26 @@ def launch(job: Job, cores: int) -> Outcome | Evaluation:
     """
     if cores == 1:
         outcomes: list[Outcome | Evaluation] = []
-        xmp.spawn(lambda _: outcomes.append(local.launch(job, XLAContext(job, cores))), nprocs=1)
+        xmp.spawn(lambda _: outcomes.append(local.launch(job, XLAContext(job, cores, tell))), nprocs=1)
         return outcomes[0]
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    outcome = launch_host(job, cores, ("127.0.0.1", store.port))
+    outcome = launch_host(job, cores, ("127.0.0.1", store.port), tell)
     assert outcome is not None
     return outcome
 
 
-def launch_host(job: Job, cores: int, address: Address) -> Outcome | Evaluation | None:
+def launch_host(job: Job, cores: int, address: Address, tell: Tell) -> Outcome | Evaluation | None:
     """Does a host's part of the job, on all its cores; the outcome comes home on the host that has rank 0.
 
     Args:
         job: the same on all hosts.
         cores: of this host.
         address: of the store that all processes of all hosts meet at.
+        tell: takes what the process with rank 0 tells.
     """
-    with tempfile.TemporaryDirectory(prefix="ray_mnist-") as folder:
+    with tempfile.TemporaryDirectory(prefix="ray_mnist-") as folder, over_pipe(tell) as send:
         try:
-            xmp.spawn(run_on_core, args=(cloudpickle.dumps(job), cores, address, folder), start_method="fork")
+            xmp.spawn(run_on_core, args=(cloudpickle.dumps(job), cores, address, folder, send), start_method="fork")
         except BrokenProcessPool:
             errors = sorted(Path(folder).glob(f"{ERROR}*"), key=lambda file: file.stat().st_mtime)
             if not errors:
@@ -153,17 +156,19 @@ def launch_host(job: Job, cores: int, address: Address) -> Outcome | Evaluation 
         return cloudpickle.loads(outcome.read_bytes()) if outcome.exists() else None
 
 
-def run_on_core(rank: int, packed: bytes, cores: int, address: Address, folder: str) -> None:
+def run_on_core(rank: int, packed: bytes, cores: int, address: Address, folder: str, send: Send) -> None:
     """What the process of each core runs. One that fails ends the others: they would wait for it."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing stays behind a process that is killed
     torch.set_num_threads(1)  # a fork has none of its parent's other threads, and OpenMP would wait for them
+    outbox = Outbox(send)
     try:
         if runtime.addressable_device_count() > 1:
             raise RequestError("--tpu-cores: chips of two cores each (TPU v2, v3) train on one core only: use 1.")
         store = TCPStore(*address, is_master=False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=runtime.world_size())
         job: Job = cloudpickle.loads(packed)
-        outcome = run_and_collect(job, XLAContext(job, cores))
+        outcome = run_and_collect(job, XLAContext(job, cores, outbox.tell))
+        outbox.close()
         if rank == 0:
             Path(folder, OUTCOME).write_bytes(cloudpickle.dumps(outcome))
         dist.barrier()
@@ -171,5 +176,6 @@ def run_on_core(rank: int, packed: bytes, cores: int, address: Address, folder: 
         if not isinstance(error, RequestError):
             message = f"core {rank}: {type(error).__name__}: {one_line(error)[:300]}"
             error = TrainingError(message, traceback.format_exc())
+        outbox.close()
         Path(folder, f"{ERROR}-{rank}").write_bytes(pickle.dumps(error))
         os._exit(1)

@@ -14,14 +14,19 @@ LAST_COLUMNS = ("samples_per_second", "seconds")
 
 
 def metrics_csv(history: list[Row]) -> str:
-    """One row an epoch; metrics of the user's own come between ours."""
-    names = dict.fromkeys(name for row in history for name in row)
-    own = [name for name in names if name not in FIRST_COLUMNS + LAST_COLUMNS]
+    """One row an epoch."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*FIRST_COLUMNS, *own, *LAST_COLUMNS], lineterminator="\n")
+    writer = csv.DictWriter(text, columns(history), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     return text.getvalue()
+
+
+def columns(history: list[Row]) -> list[str]:
+    """The names in the rows, in the order that people read them in: metrics of the user's own come between ours."""
+    names = dict.fromkeys(name for row in history for name in row)
+    own = [name for name in names if name not in FIRST_COLUMNS + LAST_COLUMNS]
+    return [*FIRST_COLUMNS, *own, *LAST_COLUMNS]
 
 
 def read_metrics(folder: RunFolder) -> list[Row]:
@@ -39,8 +44,12 @@ def read_failures(folder: RunFolder) -> list[str]:
         text = folder.read(FAILURES).decode()
     except FileNotFoundError:
         return []
-    failures = [json.loads(line) for line in text.splitlines()]
-    return ["; ".join([*failure["workers"], failure["then"]]) for failure in failures]
+    return [one_failure(json.loads(line)) for line in text.splitlines()]
+
+
+def one_failure(failure: dict[str, Any]) -> str:
+    """A line of the file, in words."""
+    return "; ".join([*failure["workers"], failure["then"]])
 
 
 def throughput(history: list[Row]) -> float | None:

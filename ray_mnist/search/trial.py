@@ -1,8 +1,8 @@
 """One trial of a sweep: the run of `worker.fit` on one set of parameters, as Ray Tune starts, follows and stops it."""
 
 import math
+import queue
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +15,12 @@ from ray_mnist.config import RunConfig
 from ray_mnist.errors import TrainingError, one_line
 from ray_mnist.launch.connection import go_to
 from ray_mnist.launch.local import LocalContext
+from ray_mnist.run.events import EpochEnded, Event
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Row
 from ray_mnist.run.records import read_metrics
 from ray_mnist.worker import Job, can_test, run
 
-POLL_S = 0.2
 TRIAL_CPU = 0.01  # a trial cannot ask for nothing
 STOP_S = 60  # for a training to end at its next batch
 Build = Callable[[dict[str, Any]], tuple[pl.LightningModule, pl.LightningDataModule]]
@@ -86,7 +86,7 @@ class StopWhenTold(pl.Callback):
 
 
 class Trial(tune.Trainable):
-    """Trains in a thread and tells Tune of each epoch that appears in the run folder.
+    """Trains in a thread and tells Tune of each epoch as the training tells of it.
 
     A lone worker is this process, which goes on to the next trial when this one ends. Several are those of a
     TorchTrainer inside the trial's placement group.
@@ -107,8 +107,9 @@ class Trial(tune.Trainable):
         return True
 
     def _begin(self, parameters: dict[str, Any]) -> None:
-        self.folder = RunFolder(self.plan.storage_path, self.trial_id)
-        self.told = sum(self.plan.metric in row for row in read_metrics(self.folder))
+        known = read_metrics(RunFolder(self.plan.storage_path, self.trial_id))
+        self.row = next((row for row in reversed(known) if self.plan.metric in row), None)  # the newest
+        self.news: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: the training has ended
         self.error: BaseException | None = None
         self.stop_when_told = StopWhenTold()
         self.thread = threading.Thread(target=self._train, args=(parameters,), daemon=True)
@@ -122,15 +123,17 @@ class Trial(tune.Trainable):
                 from ray_mnist.launch import ray
                 from ray_mnist.ray_internals import TrialTorchTrainer
 
-                ray.launch(job, config, TrialTorchTrainer)
+                ray.launch(job, config, self.news.put, TrialTorchTrainer)
             else:
                 callbacks = [*job.lightning["callbacks"], self.stop_when_told]
                 job = replace(job, lightning=job.lightning | {"callbacks": callbacks})
-                run(job, LocalContext(job, config.use_gpu))
+                run(job, LocalContext(job, config.use_gpu, self.news.put))
         except Stopped:
             pass
         except BaseException as error:
             self.error = error
+        finally:
+            self.news.put(None)
 
     def step(self) -> Row:
         """Waits for the next epoch that was validated; the training itself goes on meanwhile.
@@ -138,22 +141,17 @@ class Trial(tune.Trainable):
         Raises:
             TrainingError: the training failed, or its metric is not a number any more.
         """
-        while True:
-            running = self.thread.is_alive()  # before the look, so that the last epoch is not missed
-            rows = [row for row in read_metrics(self.folder) if self.plan.metric in row]
-            if len(rows) > self.told:
-                row = rows[self.told]
-                self.told += 1
-                if not math.isfinite(row[self.plan.metric]):
-                    raise TrainingError(f"diverged: {self.plan.metric} is {row[self.plan.metric]}")
-                return row | {"done": not running and len(rows) == self.told}
-            if not running:
-                if self.error:
-                    raise TrainingError(f"{type(self.error).__name__}: {one_line(self.error)}")
-                if not rows:
-                    raise TrainingError(f"the training never logged {self.plan.metric}")
-                return rows[-1] | {"done": True}
-            time.sleep(POLL_S)
+        while (event := self.news.get()) is not None:
+            if isinstance(event, EpochEnded) and self.plan.metric in event.row:
+                self.row = event.row
+                if not math.isfinite(self.row[self.plan.metric]):
+                    raise TrainingError(f"diverged: {self.plan.metric} is {self.row[self.plan.metric]}")
+                return dict(self.row)
+        if self.error:
+            raise TrainingError(f"{type(self.error).__name__}: {one_line(self.error)}")
+        if self.row is None:
+            raise TrainingError(f"the training never logged {self.plan.metric}")
+        return self.row | {"done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Nothing: the run folder has all that the trial needs to go on."""
@@ -181,6 +179,6 @@ def test_winner(plan: Plan, parameters: dict[str, Any], checkpoint: str) -> list
     job = replace(plan.job(parameters, ""), task="test", checkpoint=checkpoint, weights_only=False, with_test=True)
     if not can_test(job):
         return []
-    tested = run(job, LocalContext(job, plan.config.use_gpu))
+    tested = run(job, LocalContext(job, plan.config.use_gpu, lambda event: None))
     assert isinstance(tested, Evaluation)
     return tested.metrics
