@@ -55,10 +55,14 @@ def run(job: Job, num_workers: int, tell: Tell) -> Outcome | Evaluation:
     """Does the job, without second tries; errors are those of `launch.ray.launch`."""
     packed = cloudpickle.dumps({"job": job, "use_gpu": False, "threads": 1, "folder": this_folder()})
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    meet |= {"WORLD_SIZE": str(num_workers), "LOCAL_WORLD_SIZE": str(num_workers)}
+    meet |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # the store is there
     ranks, workers = {}, []
     for rank in range(num_workers):
         mine, theirs = processes.Pipe(duplex=False)
-        worker = processes.Process(target=work, args=(packed, rank, num_workers, store.port, theirs))
+        environment = os.environ | meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        worker = processes.Process(target=work, args=(packed, environment, theirs))
         worker.start()
         theirs.close()
         ranks[mine] = rank
@@ -102,13 +106,12 @@ def receive(ranks: dict[Connection, int], tell: Tell) -> tuple[dict[int, Any], d
     return outcomes, errors
 
 
-def work(packed: bytes, rank: int, world_size: int, port: int, home: Connection) -> None:
+def work(packed: bytes, environment: dict[str, str], home: Connection) -> None:
     """What the process of each rank runs."""
     threading.Thread(target=die_with_the_tests, daemon=True).start()
     set_start_method(None, force=True)  # a loader's processes start as everywhere
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # the store is there
+    os.environ.clear()
+    os.environ.update(environment)
     launch.RayContext = GlooContext
     config = cloudpickle.loads(packed) | {
         "send": lambda events: home.send_bytes(cloudpickle.dumps((events, None, None)))
