@@ -12,6 +12,7 @@ import ray
 import ray.train
 import torch
 from pytorch_lightning.strategies import DDPStrategy
+from ray import cloudpickle
 from ray.exceptions import RayError
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig
@@ -20,10 +21,11 @@ from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
 from ray_mnist.cli.lightning_arguments import FIND_UNUSED
 from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError, TrainingError, one_line
-from ray_mnist.launch.channel import Outbox, over_ray
+from ray_mnist.launch.channel import over_ray
 from ray_mnist.launch.connection import environment, go_to, this_folder
 from ray_mnist.launch.failures import Failures, describe_all
-from ray_mnist.ray_internals import SNAPSHOT, AbortableTorchTrainer
+from ray_mnist.launch.output import root_logger, worker_output
+from ray_mnist.ray_internals import SNAPSHOT, AbortableTorchTrainer, output_files
 from ray_mnist.run.events import Tell
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
@@ -35,6 +37,8 @@ RAY_TRAIN_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # After a failure, for a machine that takes the place of a lost one.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(WAIT_FOR_NODES_S),
+    # What is printed is printed, and not logged.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # How often Ray looks whether the workers are done or dead: 2 s would be added to every run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
@@ -133,20 +137,19 @@ def follow_freezing(strategy: Any) -> None:
 
 def train_function(config: dict[str, Any]) -> Outcome | Evaluation:
     """What each worker process runs."""
-    job: Job = config["job"]
     go_to(config["folder"])
     # One thread for the one CPU that is reserved: workers don't fight over cores, and round alike wherever they run.
     torch.set_num_threads(1)
-    outbox = Outbox(config["send"])
-    try:
-        return run_and_collect(job, RayContext(job, config["use_gpu"], outbox.tell))
-    except Exception as error:
-        if "find_unused_parameters" in str(error):
-            error = unused_parameters(job.model)
-        error.add_note(traceback.format_exc())  # which would stay behind on this machine
-        raise error
-    finally:
-        outbox.close()
+    rank = ray.train.get_context().get_world_rank()
+    with worker_output(config["send"], rank, output_files(), config["root_logger"]) as tell:
+        try:
+            job: Job = cloudpickle.loads(config["job"])  # here, since modules may print as they are imported
+            return run_and_collect(job, RayContext(job, config["use_gpu"], tell))
+        except Exception as error:
+            if "find_unused_parameters" in str(error):
+                error = unused_parameters(job.model)
+            error.add_note(traceback.format_exc())  # which would stay behind on this machine
+            raise error
 
 
 def unused_parameters(model: pl.LightningModule) -> RequestError:
@@ -170,7 +173,13 @@ def launch(
     with environment(RAY_TRAIN_SETTINGS), over_ray(tell) as send:
         trainer = trainer_class(
             train_function,
-            train_loop_config={"job": job, "use_gpu": config.use_gpu, "folder": this_folder(), "send": send},
+            train_loop_config={
+                "job": cloudpickle.dumps(job),
+                "use_gpu": config.use_gpu,
+                "folder": this_folder(),
+                "send": send,
+                "root_logger": root_logger(),
+            },
             torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=bundle(config)
