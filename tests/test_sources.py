@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import wait_until
 from torchvision import datasets
 
 from ray_mnist.data import download, sources
@@ -152,13 +153,6 @@ def fetching(data_dir: Path, mirror: Mirror) -> Iterator[tuple[BaseProcess, Path
     finally:
         child.kill()
         child.join()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def is_half_way(data_dir: Path) -> bool:
@@ -336,9 +330,9 @@ def test_two_processes_fetch_once(tmp_path: Path, mirror: Mirror, mnist_files: P
     mirror.gate.clear()
     shared = tmp_path / "shared"
     with fetching(shared, mirror) as (first, _):
-        wait_until(lambda: is_half_way(shared))
+        wait_until(lambda: is_half_way(shared), 30, "half of the file")
         with fetching(shared, mirror) as (second, log):
-            wait_until(lambda: is_waiting(log))
+            wait_until(lambda: is_waiting(log), 30, "the second to wait")
             mirror.gate.set()
             first.join()
             second.join()
@@ -353,9 +347,9 @@ def test_the_one_that_waits_takes_over_from_one_that_is_killed(
     mirror.gate.clear()
     shared = tmp_path / "shared"
     with fetching(shared, mirror) as (first, _):
-        wait_until(lambda: is_half_way(shared))
+        wait_until(lambda: is_half_way(shared), 30, "half of the file")
         with fetching(shared, mirror) as (second, log):
-            wait_until(lambda: is_waiting(log))
+            wait_until(lambda: is_waiting(log), 30, "the second to wait")
             first.kill()
             first.join()
             mirror.gate.set()
@@ -368,7 +362,7 @@ def test_a_killed_download_is_never_taken_for_data(tmp_path: Path, mirror: Mirro
     mirror.gate.clear()
     data_dir = tmp_path / "data"
     with fetching(data_dir, mirror) as (child, _):
-        wait_until(lambda: is_half_way(data_dir))
+        wait_until(lambda: is_half_way(data_dir), 30, "half of the file")
         child.kill()
         child.join()
     assert is_half_way(data_dir)
@@ -385,7 +379,7 @@ def test_a_lock_that_is_never_freed_is_an_error(
     monkeypatch.setattr(download, "LOCK_SECONDS", 0.2)
     mirror.gate.clear()
     with fetching(tmp_path / "data", mirror):
-        wait_until(lambda: is_half_way(tmp_path / "data"))
+        wait_until(lambda: is_half_way(tmp_path / "data"), 30, "half of the file")
         text = sentence(lambda: prepare("mnist", tmp_path / "data", mirror.url))
     assert "Waited 0.2 s in vain for another process that is fetching mnist" in text
 
