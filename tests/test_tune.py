@@ -28,6 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, TrainingError, tune
 from ray_mnist.cli.lightning_arguments import for_lightning
 from ray_mnist.config import RunConfig
+from ray_mnist.data import sources
 from ray_mnist.launch.connection import this_folder
 from ray_mnist.ray_internals import TrialTorchTrainer
 from ray_mnist.run.folder import RunFolder
@@ -140,6 +141,26 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_starts(
     with pytest.raises(RequestError, match=complaint):
         tune(SimpleModel, MNISTDataModule, search_space, storage_path=str(tmp_path / "runs"), **DIGITS, **arguments)
     assert not (tmp_path / "runs").exists()
+
+
+def test_each_data_set_is_loaded_once_whatever_the_space_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, load = [], sources.load
+
+    def count(dataset: str, data_dir: Path) -> Any:
+        loaded.append(data_dir.name)
+        return load(dataset, data_dir)
+
+    monkeypatch.setattr(sources, "load", count)
+    domains = {
+        "model.lr": [0.1, 0.2],
+        "data.batch_size": [32, 64, 128],
+        "data.data_dir": [str(tmp_path / "one"), str(tmp_path / "other")],
+        "data.seed": [1, 2],
+        "data.num_workers": [0, -1],  # the last point, which is refused
+    }
+    with pytest.raises(RequestError, match=r"--data\.num_workers -1 is not possible"):
+        tune(SimpleModel, MNISTDataModule, domains, storage_path=str(tmp_path / "runs"), **DIGITS)
+    assert sorted(loaded) == ["one", "other"]
 
 
 # What a trial tells Ray Tune

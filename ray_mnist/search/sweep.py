@@ -154,13 +154,15 @@ class Sweep:
             if not space.points(self.domains[name]):
                 raise RequestError(f"{name} has nothing to choose from.")
         made = []
+        sizes: dict[Any, dict[str, int]] = {}  # of the data sets that were loaded
         for parameters in space.extremes(self.domains):
             try:
                 model, datamodule = self.build(parameters)
             except (TypeError, ValueError) as error:
                 raise RequestError(f"{parameters} cannot be tried: {one_line(error)}.") from error
             if isinstance(datamodule, MNISTDataModule):
-                datamodule.check(max(1, self.config.num_workers))
+                files = (datamodule.dataset, datamodule.data_dir, datamodule.mirror)
+                sizes[files] = datamodule.check(max(1, self.config.num_workers), sizes.get(files))
             made.append((model, datamodule))
         return made[0]
 
