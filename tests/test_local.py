@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
+from ray_mnist.config import RunConfig
 from ray_mnist.data import sources
 from ray_mnist.launch import local
 from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name
-from ray_mnist.run.outcome import Row
+from ray_mnist.run.outcome import Outcome, Row, TrainerState
+from ray_mnist.run.report import write_result
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -213,6 +215,14 @@ def test_what_is_drawn_is_the_seeds_alone(tmp_path: Path) -> None:
     )
     assert_same_training(same, one)
     assert not torch.equal(other.model.net[1].weight, one.model.net[1].weight)
+
+
+def test_the_result_counts_tpu_cores_as_workers(whole: Run, tmp_path: Path) -> None:
+    outcome = Outcome(TrainerState({}, {}, {}, 1, 1), "xla", [], 1, 1, 1, None, 0.0, 1.0)
+    for cores, workers in ((8, 8), (1, 1), (0, 0)):
+        folder = RunFolder(str(tmp_path), f"on-{cores}")
+        result = write_result(folder, RunConfig(tpu_cores=cores), whole.model, {}, outcome, started=0.0)
+        assert result.values["num_workers"] == workers
 
 
 # What it shows
