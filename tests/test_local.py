@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -393,6 +394,45 @@ def test_a_run_that_breaks_off_anywhere_goes_on_from_its_newest_checkpoint(
     left = stopped(tmp_path, at, checkpoint_every_n_steps=every)
     assert max(left) == checkpoint_name(starts_at)
     assert_same_training(resumed(tmp_path, starts_at=starts_at, checkpoint_every_n_steps=every), whole)
+
+
+class KilledInMidSave(pl.Callback):
+    """Kills the process while it writes the checkpoint of a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, model: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.global_step == self.at:
+            checkpoint["killer"] = Killer()
+
+
+class Killer:
+    """Kills who writes it."""
+
+    def __reduce__(self) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("killed")
+
+
+def train_with(storage: Path, callback: pl.Callback) -> None:
+    train(storage, "stopped", callbacks=[callback])
+
+
+def test_a_run_killed_in_mid_save_leaves_nothing_outside_of_its_folder(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    killer = KilledInMidSave(2 * STEPS_PER_EPOCH)
+    process = multiprocessing.get_context("fork").Process(target=train_with, args=(tmp_path, killer))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert not list((tmp_path / "tmp").glob("ray_mnist-*"))
+    resumed = train(tmp_path, "stopped", resume=True)
+    assert_same_training(resumed, whole)
+    assert resumed.checkpoints() == {checkpoint_name(LAST)}  # hidden ones, too
 
 
 def test_a_run_may_be_stopped_again_and_again(whole: Run, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from ray_mnist.launch import local
 from ray_mnist.launch.channel import Send, over_pipe
 from ray_mnist.launch.output import root_logger, worker_output
 from ray_mnist.run.events import Event, Tell
+from ray_mnist.run.folder import scratch_folder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
 from ray_mnist.worker import Job, run_and_collect
 
@@ -157,7 +158,7 @@ def launch_host(job: Job, cores: int, address: Address, tell: Tell) -> Outcome |
     """
     logs = tempfile.mkdtemp(prefix="tpu-logs-")
     sys.stdout.flush()  # or the forks would, too
-    with tempfile.TemporaryDirectory(prefix="ray_mnist-") as folder, over_pipe(tell) as send:
+    with scratch_folder() as folder, over_pipe(tell) as send:
         try:
             arguments = (cloudpickle.dumps(job), cores, address, folder, logs, send)
             xmp.spawn(run_on_core, args=arguments, start_method="fork")

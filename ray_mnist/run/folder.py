@@ -2,7 +2,9 @@
 
 import os
 import posixpath
+import re
 import shutil
+import socket
 import tempfile
 import uuid
 import zipfile
@@ -98,15 +100,39 @@ class RunFolder:
         return False
 
     def add_checkpoint(self, source: str | Path, name: str) -> str:
-        """Copies the folder `source` in as checkpoint `name`, whole or not at all; returns its path on `self.fs`."""
+        """Takes the folder `source` in as checkpoint `name`, whole or not at all; returns its path on `self.fs`.
+
+        One of `new_checkpoint` is moved where that can be, any other is copied.
+        """
         target = self.at(name)
-        aside = self.at(f".{name}-{uuid.uuid4().hex}") if self.is_local else target
-        self.fs.create_dir(aside)
-        pyarrow.fs.copy_files(str(source), aside, destination_filesystem=self.fs)
+        is_aside = self.is_local and Path(source).parent == Path(self.path)
+        aside = str(source) if is_aside else self._aside(name) if self.is_local else target
+        if not is_aside:
+            self.fs.create_dir(aside)
+            pyarrow.fs.copy_files(str(source), aside, destination_filesystem=self.fs)
         if self.is_local:
             shutil.rmtree(target, ignore_errors=True)
             os.rename(aside, target)
         return target
+
+    @contextmanager
+    def new_checkpoint(self, name: str) -> Iterator[Path]:
+        """A local folder to write checkpoint `name` to, which may not be there yet, for the time of the `with`.
+
+        Where the run folder is local, it is inside: what a kill leaves of it, `keep_only` deletes.
+        """
+        if self.is_local:
+            aside = Path(self._aside(name))
+            try:
+                yield aside
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+        else:
+            with scratch_folder() as folder:
+                yield Path(folder)
+
+    def _aside(self, name: str) -> str:
+        return self.at(f".{name}-{uuid.uuid4().hex}")
 
     def keep_only(self, *names: str | None) -> None:
         """Deletes every checkpoint but these, and what a kill left half-written."""
@@ -133,9 +159,31 @@ class RunFolder:
 
 
 @contextmanager
+def scratch_folder() -> Iterator[str]:
+    """A temporary folder, for the time of the `with`; those that killed processes have left on this machine go."""
+    mine = re.compile(rf"ray_mnist-(\d+)@{re.escape(socket.gethostname())}-\w+")
+    for left in Path(tempfile.gettempdir()).glob("ray_mnist-*"):
+        if (named := mine.fullmatch(left.name)) and not is_running(int(named[1])):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"ray_mnist-{os.getpid()}@{socket.gethostname()}-") as folder:
+        yield folder
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+@contextmanager
 def fetched(fs: Any, path: str) -> Iterator[str]:
     """A local copy of a file, for the time of the `with`."""
-    with tempfile.TemporaryDirectory(prefix="ray_mnist-") as folder:
+    with scratch_folder() as folder:
         local = os.path.join(folder, posixpath.basename(path))
         pyarrow.fs.copy_files(path, local, source_filesystem=fs)
         yield local
