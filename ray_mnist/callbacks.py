@@ -5,7 +5,6 @@ Recorder measures, checkpoints and reports; Randomness seeds each step; Mistakes
 
 import math
 import random
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ray_mnist.distributed.collectives import gather, total
 from ray_mnist.distributed.loaders import samples_seen
-from ray_mnist.run.folder import CHECKPOINT, checkpoint_name
+from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name
 from ray_mnist.run.outcome import Row
 
 # Takes the metrics, the checkpoint's name and, on rank 0, the local folder that holds it; all ranks call it together.
@@ -35,9 +34,14 @@ class Recorder(Checkpoint):
     """
 
     def __init__(
-        self, report: Report, every_n_steps: int | None = None, monitor: str = "val_loss", mode: str = "min"
+        self,
+        folder: RunFolder,
+        report: Report,
+        every_n_steps: int | None = None,
+        monitor: str = "val_loss",
+        mode: str = "min",
     ) -> None:
-        self.report, self.every_n_steps = report, every_n_steps
+        self.folder, self.report, self.every_n_steps = folder, report, every_n_steps
         self.monitor, self.sign = monitor, 1 if mode == "min" else -1
         self.history: list[Row] = []
         self.best: str | None = None
@@ -124,9 +128,10 @@ class Recorder(Checkpoint):
     def _save(self, trainer: Trainer, metrics: Row) -> None:
         self._last_step = trainer.global_step
         self._saved = versions(trainer.lightning_module)
-        with tempfile.TemporaryDirectory(prefix="ray_mnist-") as folder:
-            trainer.save_checkpoint(Path(folder, CHECKPOINT))
-            self.report(metrics, checkpoint_name(trainer.global_step), Path(folder) if trainer.is_global_zero else None)
+        name = checkpoint_name(trainer.global_step)
+        with self.folder.new_checkpoint(name) as folder:
+            trainer.save_checkpoint(folder / CHECKPOINT)
+            self.report(metrics, name, folder if trainer.is_global_zero else None)
 
 
 def versions(module: LightningModule) -> list[int]:

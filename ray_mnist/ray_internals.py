@@ -144,6 +144,12 @@ def prepare_cluster_file(config: dict[str, Any]) -> tuple[dict[str, Any], str | 
 # Ray Train
 
 
+def output_files() -> str:
+    """The files that Ray keeps of what this worker process writes to stdout and stderr, and their machine."""
+    written = global_worker.get_out_file_path(), global_worker.get_err_file_path()
+    return f"{' and '.join(written)} on {socket.gethostname()}"
+
+
 class AbortableTorchTrainer(TorchTrainer):
     """A TorchTrainer whose run can be ended from another thread; Ray's own answers Ctrl-C in the main thread only."""
 

@@ -125,7 +125,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
                 context.tell(EpochEnded(metrics))
 
     monitor, mode = job.monitor or monitor_of(job.lightning["callbacks"])
-    recorder = Recorder(report, job.checkpoint_every_n_steps, monitor, mode)
+    recorder = Recorder(folder, report, job.checkpoint_every_n_steps, monitor, mode)
     mistakes = Mistakes()
     trainer = make_trainer(job, context, recorder, mistakes)
     newest = trainer.strategy.broadcast(next(iter(folder.checkpoints()), None) if trainer.is_global_zero else None)

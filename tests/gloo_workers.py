@@ -23,6 +23,7 @@ from ray_mnist.launch import ray as launch
 from ray_mnist.launch import select
 from ray_mnist.launch.connection import this_folder
 from ray_mnist.launch.failures import describe_all
+from ray_mnist.launch.output import root_logger
 from ray_mnist.run.events import Tell
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
 from ray_mnist.worker import Job
@@ -53,7 +54,8 @@ def on_gloo(job: Job, config: RunConfig) -> Iterator[tuple[str, Any]]:
 
 def run(job: Job, num_workers: int, tell: Tell) -> Outcome | Evaluation:
     """Does the job, without second tries; errors are those of `launch.ray.launch`."""
-    packed = cloudpickle.dumps({"job": job, "use_gpu": False, "threads": 1, "folder": this_folder()})
+    config = {"job": cloudpickle.dumps(job), "use_gpu": False, "threads": 1, "folder": this_folder()}
+    packed = cloudpickle.dumps(config | {"root_logger": root_logger()})
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     meet |= {"WORLD_SIZE": str(num_workers), "LOCAL_WORLD_SIZE": str(num_workers)}

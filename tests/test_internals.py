@@ -77,6 +77,8 @@ def test_ray_still_calls_what_is_overridden() -> None:
                 assert any(name in vars(base) for base in bases), f"Ray moved {name}, which {each.__name__} overrides"
     for name in ("abort", "run", "get_result", "worker_group_cls"):
         assert hasattr(ray_internals.TrainController, name), f"Ray moved TrainController.{name}"
+    for name in ("get_out_file_path", "get_err_file_path"):
+        assert hasattr(ray_internals.global_worker, name), f"Ray moved global_worker.{name}"
 
 
 class Logs(pl.LightningModule):

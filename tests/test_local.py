@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
+from ray_mnist.config import RunConfig
 from ray_mnist.data import sources
 from ray_mnist.launch import local
 from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name
-from ray_mnist.run.outcome import Row
+from ray_mnist.run.outcome import Outcome, Row, TrainerState
+from ray_mnist.run.report import write_result
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -215,6 +218,14 @@ def test_what_is_drawn_is_the_seeds_alone(tmp_path: Path) -> None:
     assert not torch.equal(other.model.net[1].weight, one.model.net[1].weight)
 
 
+def test_the_result_counts_tpu_cores_as_workers(whole: Run, tmp_path: Path) -> None:
+    outcome = Outcome(TrainerState({}, {}, {}, 1, 1), "xla", [], 1, 1, 1, None, 0.0, 1.0)
+    for cores, workers in ((8, 8), (1, 1), (0, 0)):
+        folder = RunFolder(str(tmp_path), f"on-{cores}")
+        result = write_result(folder, RunConfig(tpu_cores=cores), whole.model, {}, outcome, started=0.0)
+        assert result.values["num_workers"] == workers
+
+
 # What it shows
 
 
@@ -383,6 +394,45 @@ def test_a_run_that_breaks_off_anywhere_goes_on_from_its_newest_checkpoint(
     left = stopped(tmp_path, at, checkpoint_every_n_steps=every)
     assert max(left) == checkpoint_name(starts_at)
     assert_same_training(resumed(tmp_path, starts_at=starts_at, checkpoint_every_n_steps=every), whole)
+
+
+class KilledInMidSave(pl.Callback):
+    """Kills the process while it writes the checkpoint of a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, model: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.global_step == self.at:
+            checkpoint["killer"] = Killer()
+
+
+class Killer:
+    """Kills who writes it."""
+
+    def __reduce__(self) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("killed")
+
+
+def train_with(storage: Path, callback: pl.Callback) -> None:
+    train(storage, "stopped", callbacks=[callback])
+
+
+def test_a_run_killed_in_mid_save_leaves_nothing_outside_of_its_folder(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    killer = KilledInMidSave(2 * STEPS_PER_EPOCH)
+    process = multiprocessing.get_context("fork").Process(target=train_with, args=(tmp_path, killer))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert not list((tmp_path / "tmp").glob("ray_mnist-*"))
+    resumed = train(tmp_path, "stopped", resume=True)
+    assert_same_training(resumed, whole)
+    assert resumed.checkpoints() == {checkpoint_name(LAST)}  # hidden ones, too
 
 
 def test_a_run_may_be_stopped_again_and_again(whole: Run, tmp_path: Path) -> None:

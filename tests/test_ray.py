@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +80,8 @@ class DieOnce(pl.Callback):
         self.marker, self.rank, self.step = marker, rank, step
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            print(f"rank {trainer.global_rank} is at step {self.step}")
         if trainer.global_rank == self.rank and trainer.global_step == self.step and not self.marker.exists():
             self.marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -92,7 +95,11 @@ def test_a_killed_worker_costs_no_sample(
     trainer = fit(tmp_path, "run", 2, callbacks=[killer], checkpoint_every_n_steps=5, max_failures=1)
     assert killer.marker.exists()
     assert trainer.result.values["restarts"] == 1
-    assert "; starting again, once all workers have room (waiting up to 600 s)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "; starting again, once all workers have room (waiting up to 600 s)" in shown
+    # Rank 0 was killed as it printed that for the first time.
+    assert shown.splitlines().count(f"rank 0 is at step {killer.step}") in (1, 2)
+    assert "rank 1" not in shown
     undisturbed = final_weights(two_workers.parent, "two")
     for key, value in final_weights(tmp_path, "run").items():
         assert torch.equal(value, undisturbed[key]), key
@@ -101,10 +108,16 @@ def test_a_killed_worker_costs_no_sample(
     ]
 
 
-def test_failures_beyond_the_limit_end_the_run_in_one_sentence(cluster: None, tmp_path: Path) -> None:
+def test_failures_beyond_the_limit_end_the_run_in_one_sentence(
+    cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(TrainingError, match="worker 1 died: killed, out of memory"):
         fit(tmp_path, "run", 2, callbacks=[DieOnce(tmp_path / "killed", 1, step=2)], max_failures=0)
     assert read_failures(RunFolder(str(tmp_path), "run"))[0].endswith("; giving up")
+    shown = capsys.readouterr().out
+    assert "rank 1" not in shown
+    ((out, _),) = re.findall("^what worker 1 printed is in (.+) and (.+) on ", shown, re.MULTILINE)
+    assert "rank 1 is at step 2\n" in Path(out).read_text()
 
 
 class BuggyModel(SimpleModel):

@@ -7,6 +7,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from ray_mnist import RequestError
 from ray_mnist.errors import one_line
-from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name
+from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name, scratch_folder
 from ray_mnist.run.records import metrics_csv, read_metrics, throughput, to_json
 
 pytestmark = pytest.mark.timeout(60)
@@ -208,6 +209,45 @@ def test_a_copy_that_breaks_off_leaves_no_checkpoint_and_is_cleared_away(
     assert weight(local, checkpoint_name(1)) == 1
     local.keep_only(checkpoint_name(1))
     assert names(local) == {checkpoint_name(1)}
+
+
+def test_a_new_checkpoint_is_written_where_it_can_be_moved_from(folder: RunFolder) -> None:
+    with folder.new_checkpoint(checkpoint_name(1)) as place:
+        place.mkdir(parents=True, exist_ok=True)
+        torch.save({"weight": torch.ones(1000)}, place / CHECKPOINT)
+        inode = (place / CHECKPOINT).stat().st_ino
+        assert folder.checkpoints() == []
+        folder.add_checkpoint(place, checkpoint_name(1))
+    assert not place.exists()
+    assert names(folder) == {checkpoint_name(1)}
+    assert weight(folder, checkpoint_name(1)) == 1
+    if folder.is_local:
+        assert Path(folder.at(f"{checkpoint_name(1)}/{CHECKPOINT}")).stat().st_ino == inode
+    with suppress(OSError), folder.new_checkpoint(checkpoint_name(2)) as place:
+        place.mkdir(parents=True, exist_ok=True)
+        raise OSError("disk gone")
+    assert not place.exists()
+
+
+def test_the_temporary_folders_of_killed_processes_go_and_those_of_living_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "ray_mnist-notes").mkdir()
+    others = {path.name for path in tmp_path.iterdir()}
+    child = os.fork()
+    if child == 0:
+        try:
+            with scratch_folder() as folder:
+                Path(folder, CHECKPOINT).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(3)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.glob(f"ray_mnist-scratch-*/{CHECKPOINT}"))) == 1
+    with scratch_folder() as mine, scratch_folder() as mine_too:
+        assert {path.name for path in tmp_path.iterdir()} == others | {Path(mine).name, Path(mine_too).name}
+    assert {path.name for path in tmp_path.iterdir()} == others
 
 
 def test_only_the_named_checkpoints_are_kept(folder: RunFolder, saved: Callable[[float], Path]) -> None:

@@ -28,6 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, TrainingError, tune
 from ray_mnist.cli.lightning_arguments import for_lightning
 from ray_mnist.config import RunConfig
+from ray_mnist.data import sources
 from ray_mnist.launch.connection import this_folder
 from ray_mnist.ray_internals import TrialTorchTrainer
 from ray_mnist.run.folder import RunFolder
@@ -148,6 +149,25 @@ def test_a_sweeps_arithmetic_comes_before_its_data(tmp_path: Path, monkeypatch: 
     with pytest.raises(RequestError, match="--batch-size 2 is the batch over all workers"):
         tune(SimpleModel, MNISTDataModule, {"data.batch_size": [64, 2]}, data=nowhere, num_workers=3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_data_set_is_loaded_once_whatever_the_space_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, load = [], sources.load
+
+    def count(dataset: str, data_dir: Path) -> Any:
+        loaded.append(data_dir.name)
+        return load(dataset, data_dir)
+
+    monkeypatch.setattr(sources, "load", count)
+    domains = {
+        "model.lr": [0.1, 0.2],
+        "data.data_dir": [str(tmp_path / "one"), str(tmp_path / "other")],
+        "data.seed": [1, 2],
+        "data.batch_size": [64, 2000],  # the last of all is refused
+    }
+    with pytest.raises(RequestError, match="--batch-size 2000 is more than the 1151 training samples"):
+        tune(SimpleModel, MNISTDataModule, domains, storage_path=str(tmp_path / "runs"), **DIGITS)
+    assert sorted(loaded) == ["one", "other"]
 
 
 # What a trial tells Ray Tune

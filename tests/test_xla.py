@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -249,6 +250,9 @@ import time
 from ray_mnist import SimpleModel
 
 class FailsOnOneCore(SimpleModel):
+    def on_train_start(self):
+        print("printed on core", self.global_rank)
+
     def on_train_epoch_end(self):
         if self.global_rank == 1:
             raise ValueError("broken on purpose")
@@ -264,7 +268,11 @@ def test_a_core_that_fails_ends_the_others(train: Callable[..., Run], tmp_path: 
     (tmp_path / "models.py").write_text(MODELS)
     done = train(2, "--dataset", "digits", "--tpu-cores", "2", "--model", "models.FailsOnOneCore")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "error: training failed: core 1: ValueError: broken on purpose"
+    *_, where, error = done.stderr.splitlines()
+    assert error == "error: training failed: core 1: ValueError: broken on purpose"
+    assert done.stdout.count("printed on core") == done.stdout.count("printed on core 0\n") == 1
+    (logs,) = re.findall("What the cores printed is in (.+) on .+", where)
+    assert Path(logs, "core-1.log").read_text() == "printed on core 1\n"
 
 
 def test_cores_do_not_outlive_a_killed_driver(tmp_path: Path) -> None:

@@ -1,20 +1,24 @@
 """What a person sees: a header, a line an epoch, a summary; and errors in one sentence."""
 
 import logging
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import dropwhile
+from traceback import walk_stack
+from typing import TextIO
 
 from rich.console import Console
 
 from ray_mnist.errors import RequestError, TrainingError, one_line
-from ray_mnist.run.events import EpochEnded, Event, WorkersFailed
+from ray_mnist.run.events import EpochEnded, Event, Printed, WorkersFailed, WorkerStarted
 from ray_mnist.run.outcome import Row
 from ray_mnist.run.records import LAST_COLUMNS, columns
 
-NOISY_LOGGERS = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "ray", "py.warnings")
+NOISY = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "ray")
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -33,7 +37,9 @@ def epoch_line(row: Row, max_epochs: int) -> str:
 
 
 class Display:
-    """Shows what a run tells of itself: each epoch once, and each failure. A terminal that is gone harms no run.
+    """Shows what a run tells of itself: each epoch once, what rank 0 prints, and each failure.
+
+    A terminal that is gone harms no run.
 
     Args:
         max_epochs: of the run.
@@ -42,6 +48,7 @@ class Display:
 
     def __init__(self, max_epochs: int = -1, known: Sequence[Row] = ()) -> None:
         self.max_epochs, self.shown = max_epochs, max((row["epoch"] for row in known), default=0)
+        self.logs: dict[int, str] = {}  # of each rank
 
     def __call__(self, event: Event) -> None:
         """Shows it."""
@@ -50,24 +57,61 @@ class Display:
                 case EpochEnded(row) if row["epoch"] > self.shown:
                     self.shown = row["epoch"]
                     say(epoch_line(row, self.max_epochs))
-                case WorkersFailed(message):
+                case Printed(text, stream):
+                    print(text, end="", file=getattr(sys, stream), flush=True)
+                case WorkerStarted(rank, log):
+                    self.logs[rank] = log
+                case WorkersFailed(ranks, message):
                     say(f"failure: {message}")
+                    for rank in filter(self.logs.get, ranks):
+                        say(f"what worker {rank} printed is in {self.logs[rank]}")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps Lightning's and Ray's own messages and Python's warnings off the terminal, for the time of the `with`."""
-    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
+    """Keeps Lightning's and Ray's own messages and warnings off the terminal, for the time of the `with`."""
+    # Ray calls some of its loggers by their files.
+    by_file = (name for name in logging.root.manager.loggerDict if f"{os.sep}site-packages{os.sep}ray{os.sep}" in name)
+    loggers = [logging.getLogger(name) for name in (*NOISY, *by_file)]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    show = warnings.showwarning
+
+    def show_others(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not is_noise(filename):
+            show(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show_others
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        if warnings.showwarning is show_others:  # nobody has put something else there meanwhile
+            warnings.showwarning = show
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def is_noise(filename: str) -> bool:
+    """Whether the warning that is being shown is Lightning's or Ray's own, or torch's about their code.
+
+    The file that it names tells little: Lightning often names that of whoever called it, which may be the user's.
+    """
+    stack = [(frame.f_globals.get("__name__", ""), frame.f_code.co_filename) for frame, _ in walk_stack(None)]
+    warned = dropwhile(lambda frame: frame[0] != "warnings", stack)
+    # Users, too, may call the functions that Lightning warns with.
+    callers = dropwhile(lambda frame: frame[0] in ("warnings", "lightning_utilities.core.rank_zero"), warned)
+    packages = [(module.partition(".")[0], file) for module, file in callers]
+    who = packages[0][0] if packages else ""
+    about_noisy = any(package in NOISY for package, file in packages if file == filename)
+    return who in NOISY or (who in ("torch", "typing_extensions") and about_noisy)
 
 
 def exit_status(command: Callable[[], None]) -> int:

@@ -112,15 +112,23 @@ class MNISTDataModule(LightningDataModule):
                 f"it: use at least {world_size}."
             )
 
-    def check(self, world_size: int) -> None:
+    def check(self, world_size: int, sizes: dict[str, int] | None = None) -> dict[str, int]:
         """Finds out, before any worker starts, whether `world_size` workers can train on this.
+
+        Args:
+            world_size: how many workers there will be.
+            sizes: what a `check` of the same data set has returned, which then need not be loaded again.
+
+        Returns:
+            How many samples each part has.
 
         Raises:
             RequestError: the data cannot be had, is damaged, or cannot be shared out.
         """
         self.check_batch_size(world_size)
-        self.prepare_data()
-        sizes = {part: len(data) for part, data in self._split(sources.load(self.dataset, self.data_dir)).items()}
+        if sizes is None:
+            self.prepare_data()
+            sizes = {part: len(data) for part, data in self._split(sources.load(self.dataset, self.data_dir)).items()}
         if self.batch_size > sizes["train"]:
             raise RequestError(
                 f"--batch-size {self.batch_size} is more than the {sizes['train']} training samples: use at most "
@@ -130,6 +138,7 @@ class MNISTDataModule(LightningDataModule):
             raise RequestError(
                 f"{least} evaluation samples are fewer than the {world_size} workers: use at most {least}."
             )
+        return sizes
 
     def prepare_data(self) -> None:
         """Fetches the files unless they are there; Lightning calls it once on each node."""

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import groupby
 from multiprocessing import Pipe
 from typing import Any
 
@@ -15,7 +16,7 @@ import ray
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_mnist.run.events import Event, Tell
+from ray_mnist.run.events import Event, Printed, Tell
 
 Send = Callable[[list[Event]], None]
 QUEUED = 1000  # batches that wait for a driver which does not take them; more are dropped
@@ -79,6 +80,15 @@ def over_pipe(tell: Tell) -> Iterator[Send]:
         thread.join(PATIENCE_S)
 
 
+def merged(events: list[Event]) -> Iterator[Event]:
+    """The events, with what was printed in pieces in one piece."""
+    for stream, group in groupby(events, key=lambda event: event.stream if isinstance(event, Printed) else None):
+        if stream:
+            yield Printed("".join(event.text for event in group if isinstance(event, Printed)), stream)
+        else:
+            yield from group
+
+
 class Outbox:
     """Hands events on in their order, from a thread of its own, so that whoever tells them never waits.
 
@@ -102,7 +112,7 @@ class Outbox:
         while not last:
             last = self.closing.wait(BATCH_S)
             if batch := [self.pending.popleft() for _ in range(len(self.pending))]:
-                self.send(batch)
+                self.send(list(merged(batch)))
 
     def close(self) -> None:
         """Sends what is left."""

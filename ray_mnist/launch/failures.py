@@ -58,7 +58,7 @@ class Failures(ray.train.UserCallback):
             f"starting again, once all workers have room (waiting up to {WAIT_FOR_NODES_S} s)" if again else "giving up"
         )
         failure = {"workers": failures, "then": then}
-        self.send([WorkersFailed(one_failure(failure))])
+        self.send([WorkersFailed(sorted(worker_exceptions), one_failure(failure))])
         with suppress(OSError):  # storage that fails is something to recover from, too
             before = folder.read(FAILURES).decode() if folder.has(FAILURES) else ""
             folder.write(FAILURES, before + json.dumps(failure) + "\n")

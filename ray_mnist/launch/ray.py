@@ -13,6 +13,7 @@ import ray
 import ray.train
 import torch
 from pytorch_lightning.strategies import DDPStrategy
+from ray import cloudpickle
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 
@@ -21,10 +22,11 @@ from ray_mnist.cli.lightning_arguments import FIND_UNUSED
 from ray_mnist.config import RunConfig
 from ray_mnist.distributed.strategy import FollowsFreezing, extend
 from ray_mnist.errors import RequestError, TrainingError, one_line
-from ray_mnist.launch.channel import Outbox, over_ray
+from ray_mnist.launch.channel import over_ray
 from ray_mnist.launch.connection import environment, go_to, this_folder
 from ray_mnist.launch.failures import Failures, describe_all
-from ray_mnist.ray_internals import SNAPSHOT, AbortableTorchTrainer
+from ray_mnist.launch.output import root_logger, worker_output
+from ray_mnist.ray_internals import SNAPSHOT, AbortableTorchTrainer, output_files
 from ray_mnist.run.events import Tell
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
@@ -36,6 +38,8 @@ RAY_TRAIN_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # After a failure, for a machine that takes the place of a lost one.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(WAIT_FOR_NODES_S),
+    # What is printed is printed, and not logged.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # How often Ray looks whether the workers are done or dead: 2 s would be added to every run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
@@ -122,21 +126,19 @@ def make_strategy(wanted: Any) -> Any:
 
 def train_function(config: dict[str, Any]) -> Outcome | Evaluation | None:
     """What each worker process runs; only rank 0 brings the outcome home, which can be heavy."""
-    job: Job = config["job"]
     go_to(config["folder"])
     torch.set_num_threads(config["threads"])  # as many as CPUs are reserved: workers don't fight over cores
-    outbox = Outbox(config["send"])
-    context = RayContext(job, config["use_gpu"], outbox.tell)
-    try:
-        outcome = run_and_collect(job, context)
-        return outcome if context.context.get_world_rank() == 0 else None
-    except Exception as error:
-        if "find_unused_parameters" in str(error):
-            error = unused_parameters(job.model)
-        error.add_note(traceback.format_exc())  # which would stay behind on this machine
-        raise error
-    finally:
-        outbox.close()
+    rank = ray.train.get_context().get_world_rank()
+    with worker_output(config["send"], rank, output_files(), config["root_logger"]) as tell:
+        try:
+            job: Job = cloudpickle.loads(config["job"])  # here, since modules may print as they are imported
+            outcome = run_and_collect(job, RayContext(job, config["use_gpu"], tell))
+            return outcome if rank == 0 else None
+        except Exception as error:
+            if "find_unused_parameters" in str(error):
+                error = unused_parameters(job.model)
+            error.add_note(traceback.format_exc())  # which would stay behind on this machine
+            raise error
 
 
 def unused_parameters(model: pl.LightningModule) -> RequestError:
@@ -161,11 +163,12 @@ def launch(
         trainer = trainer_class(
             train_function,
             train_loop_config={
-                "job": job,
+                "job": cloudpickle.dumps(job),
                 "use_gpu": config.use_gpu,
                 "threads": config.cpus_per_worker or 1,
                 "folder": this_folder(),
                 "send": send,
+                "root_logger": root_logger(),
             },
             torch_config=TorchConfig(backend=process_group_backend(config.use_gpu)),
             scaling_config=ray.train.ScalingConfig(

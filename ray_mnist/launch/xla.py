@@ -3,7 +3,10 @@
 import ctypes
 import os
 import pickle
+import shutil
 import signal
+import socket
+import sys
 import tempfile
 import traceback
 from concurrent.futures.process import BrokenProcessPool
@@ -27,8 +30,10 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from ray_mnist.errors import RequestError, TrainingError, one_line
 from ray_mnist.launch import local
-from ray_mnist.launch.channel import Outbox, Send, over_pipe
-from ray_mnist.run.events import Tell
+from ray_mnist.launch.channel import Send, over_pipe
+from ray_mnist.launch.output import root_logger, worker_output
+from ray_mnist.run.events import Event, Tell
+from ray_mnist.run.folder import scratch_folder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
 from ray_mnist.worker import Job, run_and_collect
 
@@ -144,31 +149,49 @@ def launch_host(job: Job, cores: int, address: Address, tell: Tell) -> Outcome |
         address: of the store that all processes of all hosts meet at.
         tell: takes what the process with rank 0 tells.
     """
-    with tempfile.TemporaryDirectory(prefix="ray_mnist-") as folder, over_pipe(tell) as send:
+    logs = tempfile.mkdtemp(prefix="tpu-logs-")
+    sys.stdout.flush()  # or the forks would, too
+    with scratch_folder() as folder, over_pipe(tell) as send:
         try:
-            xmp.spawn(run_on_core, args=(cloudpickle.dumps(job), cores, address, folder, send), start_method="fork")
+            arguments = (cloudpickle.dumps(job), cores, address, folder, logs, send)
+            xmp.spawn(run_on_core, args=arguments, start_method="fork")
         except BrokenProcessPool:
             errors = sorted(Path(folder).glob(f"{ERROR}*"), key=lambda file: file.stat().st_mtime)
+            where = f"What the cores printed is in {logs} on {socket.gethostname()}."
             if not errors:
-                raise TrainingError("a process of the TPU's cores died: killed or out of memory") from None
-            raise pickle.loads(errors[0].read_bytes()) from None
+                raise TrainingError("a process of the TPU's cores died: killed or out of memory", where) from None
+            error = pickle.loads(errors[0].read_bytes())
+            if isinstance(error, TrainingError):
+                error = TrainingError(error.message, f"{error.details}\n{where}")
+            else:
+                shutil.rmtree(logs)
+            raise error from None
+        shutil.rmtree(logs)
         outcome = Path(folder, OUTCOME)
         return cloudpickle.loads(outcome.read_bytes()) if outcome.exists() else None
 
 
-def run_on_core(rank: int, packed: bytes, cores: int, address: Address, folder: str, send: Send) -> None:
+def not_told(events: list[Event]) -> None:
+    """Where rank 0 does the telling."""
+
+
+def run_on_core(rank: int, packed: bytes, cores: int, address: Address, folder: str, logs: str, send: Send) -> None:
     """What the process of each core runs. One that fails ends the others: they would wait for it."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing stays behind a process that is killed
     torch.set_num_threads(1)  # a fork has none of its parent's other threads, and OpenMP would wait for them
-    outbox = Outbox(send)
+    root = root_logger()
+    log = Path(logs, f"core-{rank}.log")
+    sys.stdout = sys.stderr = log.open("w", buffering=1)
+    for descriptor in (1, 2):
+        os.dup2(sys.stdout.fileno(), descriptor)
     try:
         if runtime.addressable_device_count() > 1:
             raise RequestError("--tpu-cores: chips of two cores each (TPU v2, v3) train on one core only: use 1.")
         store = TCPStore(*address, is_master=False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=runtime.world_size())
-        job: Job = cloudpickle.loads(packed)
-        outcome = run_and_collect(job, XLAContext(job, cores, outbox.tell))
-        outbox.close()
+        with worker_output(send if rank == 0 else not_told, rank, str(log), root) as tell:
+            job: Job = cloudpickle.loads(packed)
+            outcome = run_and_collect(job, XLAContext(job, cores, tell))
         if rank == 0:
             Path(folder, OUTCOME).write_bytes(cloudpickle.dumps(outcome))
         dist.barrier()
@@ -176,6 +199,5 @@ def run_on_core(rank: int, packed: bytes, cores: int, address: Address, folder: 
         if not isinstance(error, RequestError):
             message = f"core {rank}: {type(error).__name__}: {one_line(error)[:300]}"
             error = TrainingError(message, traceback.format_exc())
-        outbox.close()
         Path(folder, f"{ERROR}-{rank}").write_bytes(pickle.dumps(error))
         os._exit(1)

@@ -14,11 +14,28 @@ class EpochEnded:
 
 
 @dataclass(frozen=True)
-class WorkersFailed:
-    """Some workers failed: how, and what comes of it."""
+class Printed:
+    """Code of the user's wrote `text` to `stream`: stdout or stderr."""
 
+    text: str
+    stream: str
+
+
+@dataclass(frozen=True)
+class WorkerStarted:
+    """All that it prints is in `log`, the words for files and their machine."""
+
+    rank: int
+    log: str
+
+
+@dataclass(frozen=True)
+class WorkersFailed:
+    """These workers failed: how, and what comes of it."""
+
+    ranks: list[int]
     message: str
 
 
-Event = EpochEnded | WorkersFailed
+Event = EpochEnded | Printed | WorkerStarted | WorkersFailed
 Tell = Callable[[Event], None]  # never waits for long, and never fails: news must not harm a run

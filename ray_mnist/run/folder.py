@@ -8,7 +8,7 @@ import tempfile
 import uuid
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pyarrow.fs
 from ray_mnist.errors import RequestError, one_line
 
 CHECKPOINT = "checkpoint.ckpt"
-SCRATCH = "ray_mnist-copy-"  # what the names of temporary folders begin with
+SCRATCH = "ray_mnist-scratch-"  # what the names of temporary folders begin with
 
 
 def checkpoint_name(step: int) -> str:
@@ -100,15 +100,39 @@ class RunFolder:
         return False
 
     def add_checkpoint(self, source: str | Path, name: str) -> str:
-        """Copies the folder `source` in as checkpoint `name`, whole or not at all; returns its path on `self.fs`."""
+        """Takes the folder `source` in as checkpoint `name`, whole or not at all; returns its path on `self.fs`.
+
+        One of `new_checkpoint` is moved where that can be, any other is copied.
+        """
         target = self.at(name)
-        aside = self.at(f".{name}-{uuid.uuid4().hex}") if self.is_local else target
-        self.fs.create_dir(aside)
-        pyarrow.fs.copy_files(str(source), aside, destination_filesystem=self.fs)
+        is_aside = self.is_local and Path(source).parent == Path(self.path)
+        aside = str(source) if is_aside else self._aside(name) if self.is_local else target
+        if not is_aside:
+            self.fs.create_dir(aside)
+            pyarrow.fs.copy_files(str(source), aside, destination_filesystem=self.fs)
         if self.is_local:
             shutil.rmtree(target, ignore_errors=True)
             os.rename(aside, target)
         return target
+
+    @contextmanager
+    def new_checkpoint(self, name: str) -> Iterator[Path]:
+        """A local folder to write checkpoint `name` to, which may not be there yet, for the time of the `with`.
+
+        Where the run folder is local, it is inside: what a kill leaves of it, `keep_only` deletes.
+        """
+        if self.is_local:
+            aside = Path(self._aside(name))
+            try:
+                yield aside
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+        else:
+            with scratch_folder() as folder:
+                yield Path(folder)
+
+    def _aside(self, name: str) -> str:
+        return self.at(f".{name}-{uuid.uuid4().hex}")
 
     def keep_only(self, *names: str | None) -> None:
         """Deletes every checkpoint but these, and what a kill left half-written."""
@@ -148,9 +172,8 @@ def local_file(location: str | None) -> Iterator[str | None]:
 @contextmanager
 def fetched(fs: Any, path: str, folder: str | None = None) -> Iterator[str]:
     """A local copy of a file, in a scratch folder that is there for the time of the `with`."""
-    folder = folder or scratch_path()
-    with scratch(folder):
-        local = os.path.join(folder, posixpath.basename(path))
+    with scratch_folder(folder) as here:
+        local = os.path.join(here, posixpath.basename(path))
         aside = f"{local}.{uuid.uuid4().hex}"
         pyarrow.fs.copy_files(path, aside, source_filesystem=fs)
         os.replace(aside, local)
@@ -163,21 +186,27 @@ def scratch_path() -> str:
 
 
 @contextmanager
-def scratch(folder: str) -> Iterator[None]:
-    """Makes a temporary folder for the time of the `with`, and clears away those that killed processes left.
+def scratch_folder(path: str | None = None) -> Iterator[str]:
+    """A temporary folder, for the time of the `with`; those that killed processes left in the same place go.
 
     A process holds a lock on its folder for as long as it lives.
     """
-    for left in Path(folder).parent.glob(f"{SCRATCH}*"):
+    path = path or scratch_path()
+    for left in Path(path).parent.glob(f"{SCRATCH}*"):
         # It is in use, or somebody else's, or gone by now.
         with suppress(OSError), locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
             shutil.rmtree(left)
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    with locked(folder, fcntl.LOCK_SH):
+    with ExitStack() as held:
+        locked_in_time = False  # before another process took it for one that was left
+        while not locked_in_time:
+            os.makedirs(path, mode=0o700, exist_ok=True)
+            with suppress(FileNotFoundError):
+                held.enter_context(locked(path, fcntl.LOCK_SH))
+            locked_in_time = os.path.isdir(path)
         try:
-            yield
+            yield path
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

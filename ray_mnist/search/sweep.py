@@ -165,9 +165,13 @@ class Sweep:
                 raise RequestError(f"{parameters} cannot be tried: {one_line(error)}.") from error
             made.append((model, datamodule))
         own = [datamodule for _, datamodule in made if isinstance(datamodule, MNISTDataModule)]
-        for check in (MNISTDataModule.check_batch_size, MNISTDataModule.check):  # what needs no data first
-            for datamodule in own:
-                check(datamodule, max(1, self.config.num_workers))
+        world_size = max(1, self.config.num_workers)
+        sizes: dict[Any, dict[str, int]] = {}  # of the data sets that were loaded
+        for datamodule in own:  # before any data is loaded
+            datamodule.check_batch_size(world_size)
+        for datamodule in own:
+            files = (datamodule.dataset, datamodule.data_dir, datamodule.mirror)
+            sizes[files] = datamodule.check(world_size, sizes.get(files))
         return made[0]
 
     def _check_name(self, folder: RunFolder) -> None:
