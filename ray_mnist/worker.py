@@ -16,6 +16,7 @@ from ray_mnist.distributed.loaders import LossWeighting, resumable_loaders, shar
 from ray_mnist.distributed.metrics import MetricSync
 from ray_mnist.distributed.serialization import fingerprints, public_state, sendable
 from ray_mnist.distributed.sharding import interleave
+from ray_mnist.lightning_internals import spare_each_step
 from ray_mnist.run.folder import RunFolder, local_file
 from ray_mnist.run.outcome import Evaluation, Outcome, Row, TrainerState
 from ray_mnist.run.records import metrics_csv
@@ -100,8 +101,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
 
     monitor, mode = job.monitor or monitor_of(job.lightning["callbacks"])
     recorder = Recorder(report, job.checkpoint_every_n_steps, monitor, mode)
-    mistakes = Mistakes()
-    trainer = make_trainer(job, context, recorder, mistakes)
+    trainer: Any = make_trainer(job, context, recorder)
     newest = context.broadcast(next(iter(folder.checkpoints()), None))
     clock = time.monotonic()
     with folder.local_checkpoint(newest) if newest else local_file(job.checkpoint) as path:
@@ -120,6 +120,8 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
     )
     if outcome.best_checkpoint and can_test(job):
         clock = time.monotonic()
+        mistakes = Mistakes()
+        trainer.callbacks.append(mistakes)
         datamodule = job.data.get("datamodule")
         with folder.local_checkpoint(outcome.best_checkpoint) as path:
             tested = trainer.test(job.model, datamodule=datamodule, ckpt_path=path, verbose=False, weights_only=False)
@@ -172,13 +174,16 @@ def make_trainer(job: Job, context: WorkerContext, *callbacks: pl.Callback) -> p
         arguments["logger"] = own_logger if job.task == "fit" and job.folder.is_local else False
     if job.folder.is_local:
         arguments.setdefault("default_root_dir", job.folder.path)
-    weighting = LossWeighting()
-    metric_sync = MetricSync(weighting)
-    arguments["callbacks"] = [Randomness(job.seed), weighting, metric_sync, *arguments["callbacks"], *callbacks]
+    arguments["callbacks"] = [Randomness(job.seed), *arguments["callbacks"], *callbacks]
     with_context = arguments | context.trainer_arguments() | {"use_distributed_sampler": False}
-    trainer = pl.Trainer(**with_context)
+    trainer: Any = pl.Trainer(**with_context)
     shard_loaders(trainer, job.seed, presharded)
-    metric_sync.attach(trainer)
+    spare_each_step(trainer)
+    if trainer.world_size > 1:
+        weighting = LossWeighting()
+        metric_sync = MetricSync(weighting)
+        trainer.callbacks[:0] = [weighting, metric_sync]  # before those that may read what was logged
+        metric_sync.attach(trainer)
     return trainer
 
 

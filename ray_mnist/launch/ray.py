@@ -1,5 +1,6 @@
 """Trains on Ray: a TorchTrainer whose workers run `worker.run`."""
 
+import os
 import sys
 import threading
 import traceback
@@ -135,6 +136,9 @@ def train_function(config: dict[str, Any]) -> Outcome | Evaluation:
     go_to(config["folder"])
     # One thread for the one CPU that is reserved: workers don't fight over cores, and round alike wherever they run.
     torch.set_num_threads(1)
+    if not config["use_gpu"]:
+        # An optimizer of torch's for CUDA looks for GPUs at each step, and where it finds no driver does so for long.
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     try:
         return run_and_collect(job, RayContext(job, config["use_gpu"]))
     except Exception as error:
