@@ -4,7 +4,6 @@ Recorder measures, checkpoints and reports; Randomness seeds each step; Mistakes
 """
 
 import math
-import random
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ray_mnist.distributed.collectives import gather, total
 from ray_mnist.distributed.loaders import samples_seen
+from ray_mnist.distributed.sharding import seed_cpu
 from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name
 from ray_mnist.run.outcome import Row
 
@@ -83,9 +83,10 @@ class Recorder(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Checkpoints inside the epoch when it is time; the epoch's end does so for its last step."""
+        if not self.every_n_steps:
+            return
         step = trainer.global_step
-        due = self.every_n_steps and step != self._last_step and step % self.every_n_steps == 0
-        if due and not trainer.is_last_batch:
+        if step != self._last_step and step % self.every_n_steps == 0 and not trainer.is_last_batch:
             self._save(trainer, {"epoch": trainer.current_epoch + 1, "step": step})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,12 +150,15 @@ class Randomness(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Seeds torch, NumPy and Python."""
+        """Seeds torch, on the device too, NumPy and Python."""
         where = (self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
         seed = int(np.random.SeedSequence(where).generate_state(1)[0])
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
+        seed_cpu(seed)
+        # torch.manual_seed formats a stack trace, at the cost of a training step, for each kind of device not in use.
+        torch.mps.manual_seed(seed)
+        for devices in (torch.cuda, torch.xpu):
+            if devices.is_initialized():
+                devices.manual_seed_all(seed)
 
 
 class Mistakes(Callback):

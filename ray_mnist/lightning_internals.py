@@ -5,14 +5,43 @@ tests/test_internals.py names what a new release moved.
 """
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultMetric
 from torch import Tensor
 from torchmetrics import Metric
 
 MetricPart = tuple[str, Tensor, float]  # how to reduce it, a worker's value, and the weight that it has
+
+
+class SettledMetric(_ResultMetric):
+    """What was logged. Lightning moves it at each step, in a copy of all that it holds; one that is there stays."""
+
+    def to(self, device: torch.device) -> "SettledMetric":  # type: ignore[override]
+        """On `device`."""
+        if not (self.is_tensor and self.value.device == device):
+            super().to(device)
+        return self
+
+
+def spare_each_step(trainer: pl.Trainer) -> None:
+    """Leaves out what Lightning does in each step of the training without an effect."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    # All ranks ask in a collective whether rank 0 was told to end by a SIGTERM, to which Lightning listens only in the
+    # main thread of a process. Ray runs a training in another.
+    if threading.current_thread() is not threading.main_thread():
+        loop._broadcast_sigterm_tensor = lambda: None
+    results, log = loop._results, loop._results.log
+
+    def log_settled(fx: str, name: str, *arguments: Any, **named: Any) -> None:
+        log(fx, name, *arguments, **named)
+        results[f"{fx}.{name}"].__class__ = SettledMetric
+
+    results.log = log_settled
 
 
 def hook_into_metrics(

@@ -19,6 +19,7 @@ from ray_mnist.distributed.serialization import fingerprints, public_state, send
 from ray_mnist.distributed.sharding import interleave
 from ray_mnist.distributed.strategy import LoadsOncePerNode, extend, shard_loaders
 from ray_mnist.errors import RequestError
+from ray_mnist.lightning_internals import spare_each_step
 from ray_mnist.run.events import EpochEnded, Event
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row, TrainerState
@@ -126,8 +127,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
 
     monitor, mode = job.monitor or monitor_of(job.lightning["callbacks"])
     recorder = Recorder(folder, report, job.checkpoint_every_n_steps, monitor, mode)
-    mistakes = Mistakes()
-    trainer = make_trainer(job, context, recorder, mistakes)
+    trainer: Any = make_trainer(job, context, recorder)
     newest = trainer.strategy.broadcast(next(iter(folder.checkpoints()), None) if trainer.is_global_zero else None)
     path = folder.location(newest) if newest else job.checkpoint
     clock = time.monotonic()
@@ -146,6 +146,8 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
     )
     if outcome.best_checkpoint and can_test(job):
         clock = time.monotonic()
+        mistakes = Mistakes()
+        trainer.callbacks.append(mistakes)
         datamodule, best = job.data.get("datamodule"), folder.location(outcome.best_checkpoint)
         tested = trainer.test(job.model, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=False)
         outcome.test_seconds = time.monotonic() - clock
@@ -199,15 +201,18 @@ def make_trainer(job: Job, context: WorkerContext, *callbacks: pl.Callback) -> p
         arguments["logger"] = own_logger if job.task == "fit" and job.folder.is_local else False
     if job.folder.is_local:
         arguments.setdefault("default_root_dir", job.folder.path)
-    weighting = LossWeighting()
-    metric_sync = MetricSync(weighting)
-    own = [SameDraws(), Randomness(job.seed), weighting, metric_sync]
-    arguments["callbacks"] = [*own, *arguments["callbacks"], *callbacks]
+    arguments["callbacks"] = [Randomness(job.seed), *arguments["callbacks"], *callbacks]
     with_context = arguments | context.trainer_arguments() | {"use_distributed_sampler": False}
-    trainer = pl.Trainer(**with_context)
+    trainer: Any = pl.Trainer(**with_context)
     shard_loaders(trainer, job.seed, presharded)
     extend(trainer.strategy, LoadsOncePerNode)
-    metric_sync.attach(trainer)
+    spare_each_step(trainer)
+    if trainer.world_size > 1:
+        weighting = LossWeighting()
+        metric_sync = MetricSync(weighting)
+        # Before those that may read what was logged.
+        trainer.callbacks[:0] = [SameDraws(), weighting, metric_sync]
+        metric_sync.attach(trainer)
     return trainer
 
 

@@ -3,14 +3,21 @@
 import ast
 import importlib
 import inspect
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
+from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultMetric
 from torch.utils.data import DataLoader, TensorDataset
+
+from ray_mnist.lightning_internals import spare_each_step
 
 PACKAGE = Path(__file__).parents[1] / "ray_mnist"
 INTERNALS = ("ray_internals.py", "lightning_internals.py")
@@ -116,6 +123,7 @@ class Looks(pl.Callback):
             "trainer._logger_connector._callback_metrics",
             "trainer._results",
             "trainer.fit_loop.epoch_loop._results.log",
+            "trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor",
             *(
                 f"{metric}.{name}"
                 for name in ("_computed", "_forward_cache", "_defaults", "value", "cumulated_batch_size")
@@ -148,3 +156,57 @@ def test_lightning_still_has_what_is_used_of_it(tmp_path: Path) -> None:
     log = inspect.signature(trainer.fit_loop.epoch_loop._results.log).parameters
     assert [*log][:2] == ["fx", "name"]
     assert "sync_dist_fn" in log
+
+
+def train_a_step(callback: pl.Callback, spare: bool = True) -> pl.Trainer:
+    trainer = pl.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+    )
+    if spare:
+        spare_each_step(trainer)
+    trainer.fit(Logs(), DataLoader(TensorDataset(torch.ones(4, 1)), batch_size=2))
+    return trainer
+
+
+@pytest.mark.parametrize("spare", [True, False])
+def test_a_metric_that_is_on_its_device_is_not_moved_there_again(spare: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[torch.device] = []
+    move = _ResultMetric.to
+    monkeypatch.setattr(_ResultMetric, "to", lambda metric, device: (moved.append(device), move(metric, device))[1])
+    found: list[Any] = []
+
+    def look(trainer: Any, *_: Any) -> None:
+        found.append((len(moved), *trainer._results.values()))
+
+    train_a_step(pl.callbacks.LambdaCallback(on_train_batch_end=look), spare)
+    (first, metric), (second, _) = found
+    assert (first, second) == ((1, 1) if spare else (1, 2)), "Lightning moves what is logged in another way"
+    assert metric.to(torch.device("meta")).value.device.type == "meta"
+
+
+def test_nobody_is_asked_for_a_sigterm_where_lightning_does_not_listen_to_it() -> None:
+    """Which it does in the main thread alone: there all ranks go on to ask in each step."""
+    before = signal.getsignal(signal.SIGTERM)
+    found: list[Any] = []
+
+    def look() -> None:
+        trainer = train_a_step(
+            pl.callbacks.LambdaCallback(on_train_start=lambda *_: found.append(signal.getsignal(signal.SIGTERM)))
+        )
+        found.append(vars(trainer.fit_loop.epoch_loop).get("_broadcast_sigterm_tensor"))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    look()
+    (listens, spared), (listens_in_main, spared_in_main) = found[:2], found[2:]
+    assert (listens, spared_in_main) == (before, None)
+    assert listens_in_main != before
+    assert spared is not None
+    assert "_broadcast_sigterm_tensor()" in inspect.getsource(_TrainingEpochLoop.advance)

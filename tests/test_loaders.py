@@ -137,7 +137,9 @@ def share(
 ) -> ShardedLoader:
     """One rank's share of a loader, as `shared` makes it for training."""
     shard_batches = partial(shard_batches, rank=rank, world_size=world_size)
-    return ShardedLoader(loader, seed, place or Position(), shard_batches, length, number=number, training=True)
+    return ShardedLoader(
+        loader, seed, place or Position(), shard_batches, length, number=number, training=True, weighing=True
+    )
 
 
 def samples_of(loader: ShardedLoader) -> list[list[Any]]:
@@ -900,5 +902,5 @@ def test_the_processes_of_a_loader_end_with_the_training(presharded: bool, tmp_p
     keep = pl.callbacks.LambdaCallback(on_train_end=lambda *seen: kept.extend(seen))
     fit(lambda: loader, tmp_path, presharded=presharded, max_epochs=1, callbacks=[LossWeighting(), keep])
     assert kept[0].train_dataloader
-    assert set(multiprocessing.active_children()) <= before
+    assert set(multiprocessing.active_children()) <= before  # of which some may be gone by chance
     assert len(list(loader)) == 6

@@ -19,11 +19,13 @@ from torch.utils.data import (
     SequentialSampler,
     StackDataset,
     Subset,
+    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
 
 from ray_mnist import RequestError
+from ray_mnist.distributed.orders import ORDERS, EpochOrder, draws_at_once
 from ray_mnist.distributed.sharding import (
     CollateShard,
     SeededDataset,
@@ -79,12 +81,28 @@ class OwnEpochs(BatchSampler):
         return (order[start : start + BATCH] for start in range(0, SIZE, BATCH))
 
 
+def orders_of(batches: Any) -> int:
+    """How many orders it has in passes (0, 0), (1, 0), (1, 1) and (2, 0): what knows the epoch alone repeats itself."""
+    inner = getattr(batches, "sampler", None)
+    if isinstance(batches, OwnEpochs) or isinstance(inner, EpochOrder):
+        return 3
+    return 1 if isinstance(inner, SequentialSampler) else 4
+
+
 SAMPLERS: dict[str, Callable[[], Any]] = {
     "shuffle": shuffled,
     "with replacement": partial(shuffled, replacement=True, num_samples=100),
     "a generator of the user's": lambda: shuffled(generator=torch.Generator().manual_seed(2**64 - 1)),
     "a generator, with replacement": lambda: shuffled(
         replacement=True, num_samples=100, generator=torch.Generator().manual_seed(7)
+    ),
+    "in order": lambda: BatchSampler(SequentialSampler(range(SIZE)), BATCH, drop_last=True),
+    "an epoch's own": lambda: BatchSampler(EpochOrder(SIZE, 7), BATCH, drop_last=False),
+    "twice and some": partial(shuffled, num_samples=2 * SIZE + 7),
+    "twice": partial(shuffled, num_samples=2 * SIZE),
+    "a part": lambda: BatchSampler(SubsetRandomSampler(range(5, SIZE)), BATCH, drop_last=False),
+    "a part, with a generator": lambda: BatchSampler(
+        SubsetRandomSampler([*range(5, SIZE)], torch.Generator().manual_seed(7)), BATCH, drop_last=True
     ),
     "weighted": lambda: BatchSampler(WeightedRandomSampler([1.0] * 3 + [0.1] * 50, 47), BATCH, drop_last=True),
     "batches of the user's": lambda: OwnBatches(list),
@@ -175,8 +193,50 @@ def test_the_order_is_a_function_of_seed_and_place_and_of_nothing_else(sampler: 
     random.seed(99)
     assert [batches_of(sampler(), epoch_pass=epoch_pass) for epoch_pass in seed_keys] == orders
     firsts = {tuple(order[0]) for order in orders}
-    # Only a sampler that knows nothing but the epoch has the same order again within it.
-    assert len(firsts) == (3 if isinstance(used, OwnEpochs) else 4)
+    assert len(firsts) == orders_of(used)
+
+
+KNOWN = {name: make for name, make in SAMPLERS.items() if draws_at_once(make())}
+
+
+@pytest.mark.parametrize("sampler", KNOWN.values(), ids=KNOWN)
+def test_an_order_drawn_at_once_is_what_the_sampler_would_hand_out(sampler: Callable[[], Any]) -> None:
+    at_once, one_by_one = sharded_sampler(sampler()), sharded_sampler(sampler())
+    one_by_one.draws_at_once = False
+    for epoch_pass in [(0, 0), (3, 0), (3, 1)]:
+        at_once.begin(epoch_pass, 0)
+        one_by_one.begin(epoch_pass, 0)
+        assert [(list(each), vars(each)) for each in at_once] == [(list(each), vars(each)) for each in one_by_one]
+
+
+@pytest.mark.parametrize("sampler", KNOWN.values(), ids=KNOWN)
+def test_of_an_order_drawn_at_once_a_rank_looks_at_its_own_part_alone(
+    sampler: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step costs would grow with the number of workers, whose batches together are the global batch."""
+
+    def walk(_: Any) -> Iterator[int]:
+        raise AssertionError("the whole global batch was gone through")
+
+    for kind in ORDERS:
+        monkeypatch.setattr(kind, "__iter__", walk)
+    assert {len(batch) for batch in batches_of(sampler(), rank=1, world_size=BATCH)} == {1}
+
+
+def test_a_sampler_that_may_draw_for_each_batch_is_asked_for_each() -> None:
+    class Own(RandomSampler):
+        """A subclass, which may have a way of its own."""
+
+    samplers = [Own(range(SIZE)), range(SIZE), SubsetRandomSampler(torch.arange(SIZE))]  # type: ignore[arg-type]
+    assert not any(draws_at_once(BatchSampler(each, BATCH, drop_last=False)) for each in samplers)
+    assert not draws_at_once(OwnEpochs(SequentialSampler(range(SIZE)), BATCH, drop_last=False))
+    assert set(KNOWN) == set(SAMPLERS) - {
+        "batches of the user's",
+        "tuples",
+        "tensors",
+        "NumPy arrays",
+        "told the epoch",
+    }
 
 
 def test_another_seed_is_another_order() -> None:
@@ -221,8 +281,9 @@ def test_it_begins_at_any_batch_of_any_epoch(sampler: Callable[[], Any], start: 
     rest = sharded_sampler(sampler(), epoch_pass=(4, 0), start=start)
     resumed = list(rest)
     assert resumed == indices[start:]
-    assert [each.seed_keys for each in resumed] == [each.seed_keys for each in indices[start:]]
-    assert list(rest.drawn) == list(whole.drawn)[start:]
+    assert [vars(each) for each in resumed] == [vars(each) for each in indices[start:]]
+    counts = [[(shard.samples, shard.weight) for shard in each.drawn] for each in (rest, whole)]
+    assert counts[0] == counts[1][start:]
 
 
 # Evaluation
@@ -368,6 +429,14 @@ def test_only_a_way_of_its_own_to_fetch_many_samples_is_used() -> None:
     )
 
 
+def test_what_samples_fetched_together_draw_is_a_function_of_their_places() -> None:
+    for sampler in (shuffled, partial(shuffled, 1)):
+        for indices in sharded_sampler(sampler(), epoch_pass=(3, 1)):
+            found = SeededDataset(NoisyTogether(), (5, 0)).__getitems__(indices)
+            seed_generators((5, 0), *[(3, 1, "sample", position) for position in indices.positions])
+            assert found == NoisyTogether().__getitems__(list(indices))
+
+
 def test_samples_fetched_together_draw_the_same_again() -> None:
     found = samples_of(NoisyTogether(), epoch_pass=(3, 0))
     torch.manual_seed(99)
@@ -377,7 +446,7 @@ def test_samples_fetched_together_draw_the_same_again() -> None:
 def test_a_position_is_sent_with_its_indices() -> None:
     indices: SeededIndices = next(iter(sharded_sampler(shuffled(), epoch_pass=(3, 1))))
     copy = pickle.loads(pickle.dumps(indices))
-    assert (type(copy), copy, copy.seed_keys) == (SeededIndices, list(indices), indices.seed_keys)
+    assert (type(copy), copy, vars(copy)) == (SeededIndices, list(indices), vars(indices))
 
 
 # Streams

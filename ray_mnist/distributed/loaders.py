@@ -47,7 +47,8 @@ class ResumableLoader:
         position: gives the epoch, counted from 0, and the batch to begin with.
         number: tells several loaders of a model apart, which then do not draw the same.
         training: whether it is trained on. Lightning then goes through it again within an epoch where another loader
-            is longer, and `weights` are kept.
+            is longer.
+        weighing: whether `weights` are kept, for a LossWeighting.
         batch_slice: which of the batches are handed out, as (first, stop, step).
     """
 
@@ -58,10 +59,11 @@ class ResumableLoader:
         position: Callable[[], tuple[int, int]],
         number: int = 0,
         training: bool = False,
+        weighing: bool = False,
         batch_slice: BatchSlice = ALL,
     ) -> None:
         self.loader, self.seed, self.position, self.batch_slice = loader, seed, position, batch_slice
-        self.training, self.draws = training, (seed, number)
+        self.training, self.weighing, self.draws = training, weighing, (seed, number)
         self.source = loader  # what is iterated over
         self.epoch_pass: EpochPass = (0, 0)
         self.start = 0  # the batch that the next time through begins with
@@ -69,6 +71,7 @@ class ResumableLoader:
         self.samples = 0  # handed out so far; of an evaluation, those of this one
         self.batch = 0  # the next one's number in the epoch
         self.weights: dict[int, float] = {}  # of the epoch's batches not yet trained on, by their numbers
+        self.seeds_itself = False  # whether all that draws on the way to a batch is seeded where it draws
 
     def __getattr__(self, name: str) -> Any:
         if name == "loader":  # which a copy in the making does not have yet
@@ -98,7 +101,8 @@ class ResumableLoader:
         seed_generators(self.draws, *self.epoch_pass)
         first, batches = self._begin()
         for number in count(first):
-            seed_generators(self.draws, *self.epoch_pass, number)
+            if not self.seeds_itself:
+                seed_generators(self.draws, *self.epoch_pass, number)
             found = next(batches, None)
             if found is None:
                 break
@@ -106,7 +110,7 @@ class ResumableLoader:
                 continue
             samples, weight, batch = found
             self.samples += samples
-            if self.training:
+            if self.weighing:
                 self.weights[self.batch] = weight
             self.batch += 1
             yield batch
@@ -177,6 +181,8 @@ class ShardedLoader(ResumableLoader):
             sampler = type(own)(self.shards) if hasattr(own, "seen_batch_indices") else self.shards
             vars(self.source).update(dataset=SeededDataset(loader.dataset, self.draws), batch_sampler=sampler)
             self.batch_sampler = sampler
+            in_this_process = type(loader).__iter__ is DataLoader.__iter__ and not loader.num_workers
+            self.seeds_itself = in_this_process and self.shards.draws_at_once
 
     def __len__(self) -> int:
         size = len(self.loader)  # a TypeError for one that is without end
@@ -235,6 +241,7 @@ def shard_loader(
         return training_position(trainer) if training else (trainer.current_epoch, 0)
 
     options: dict[str, Any] = {"seed": seed, "position": position, "number": number, "training": training}
+    options["weighing"] = training and world_size > 1
     batch_slice: BatchSlice = ALL
     if trainer.predicting:
         batch_slice = (0, limit if isinstance(limit, int) else limit_of(limit, loader), 1)
@@ -372,12 +379,17 @@ class LossWeighting(Callback):
     """
 
     weight = 1.0
+    loaders: list[ResumableLoader]
+    loaders_of: Any = None  # the trainer's `train_dataloader` that has these loaders
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Looks up the batch's weight."""
-        found = [loader.weights.pop(batch_idx, None) for loader in resumable_loaders(trainer.train_dataloader)]
+        if self.loaders_of is not trainer.train_dataloader:
+            self.loaders_of = trainer.train_dataloader
+            self.loaders = resumable_loaders(self.loaders_of)
+        found = [loader.weights.pop(batch_idx, None) for loader in self.loaders]
         weights = [weight for weight in found if weight is not None]
         self.weight = sum(weights) / len(weights) if weights else 1.0
 

@@ -29,9 +29,7 @@ class MetricSync(pl.Callback):
         self.before: dict[int, dict[str, Any]] = {}
 
     def attach(self, trainer: pl.Trainer) -> None:
-        """Comes between the trainer and its metrics."""
-        if trainer.world_size == 1:
-            return
+        """Comes between the trainer, of several workers, and its metrics."""
 
         def batch_ended() -> None:
             if self.weighting.weight == 0:
@@ -59,13 +57,12 @@ class MetricSync(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """For checkpoints that are chosen by what a step logged."""
-        if trainer.world_size > 1 and lightning_internals.checkpoint_at_this_step(trainer):
+        if lightning_internals.checkpoint_at_this_step(trainer):
             sync_step_metrics(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """For callbacks that go, after the validation, by what the step before it logged."""
-        if trainer.world_size > 1:
-            sync_step_metrics(trainer)
+        sync_step_metrics(trainer)
 
 
 def rate_follows_steps(trainer: pl.Trainer) -> bool:

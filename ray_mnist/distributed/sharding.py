@@ -9,6 +9,7 @@ import random
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from typing import Any
@@ -19,9 +20,10 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
 from ray_mnist.distributed.agreement import digest, watching_for_the_rank
+from ray_mnist.distributed.orders import draw_order, draws_at_once
 from ray_mnist.errors import RequestError
 
-ShardBatches = Callable[[Iterator[list[Any]]], Iterator["Shard"]]
+ShardBatches = Callable[[Iterator[Any]], Iterator["Shard"]]  # of batches that can be sliced and added
 ALL = (0, None, 1)  # as a slice of batches
 SHARES_ITSELF_OUT = -1  # in place of a digest
 EpochPass = tuple[int, int]  # the epoch, and how often the loader has been gone through in it before
@@ -31,24 +33,23 @@ EpochPass = tuple[int, int]  # the epoch, and how often the loader has been gone
 class Shard:
     """One worker's part of a global batch.
 
-    `items` are pairs of index and position in the epoch, or the samples themselves where they come as a stream.
-
-    `samples` of the items count. `weight` is what makes the mean of the workers' mean losses the global batch's.
+    `items` are a part of a `Batch`, or a list of samples where they come as a stream; `samples` of them count.
+    `weight` is what makes the mean of the workers' mean losses the global batch's.
     """
 
-    items: list[Any]
+    items: Any
     samples: int
     weight: float
 
 
-def shard_training(batches: Iterable[list[Any]], rank: int, world_size: int) -> Iterator[Shard]:
+def shard_training(batches: Iterable[Any], rank: int, world_size: int) -> Iterator[Shard]:
     """For training: a shard of each batch, and where a batch is too small for all, a sample that weighs nothing."""
     for batch in batches:
         mine = batch[rank::world_size]
         yield Shard(mine or batch[:1], len(mine), len(mine) * world_size / len(batch))
 
 
-def shard_evaluation(batches: Iterable[list[Any]], rank: int, world_size: int) -> Iterator[Shard]:
+def shard_evaluation(batches: Iterable[Any], rank: int, world_size: int) -> Iterator[Shard]:
     """For evaluation: every sample once, and equally many shards on all ranks, none of them empty.
 
     Models whose metrics meet at every step would otherwise wait for a rank that has no batch left. Batches too small
@@ -57,15 +58,15 @@ def shard_evaluation(batches: Iterable[list[Any]], rank: int, world_size: int) -
     Raises:
         RequestError: there are fewer samples than ranks.
     """
-    ready: list[Any] = []
-    small: list[Any] = []
+    ready: Any = []
+    small: Any = []
     for batch in batches:
-        small = small + batch
+        small = small + batch if small else batch
         if len(small) >= world_size:
             if ready:
                 yield from shard_training([ready], rank, world_size)
             ready, small = small, []
-    ready = ready + small
+    ready = ready + small if ready and small else ready or small
     if 0 < len(ready) < world_size:
         raise RequestError(
             f"{len(ready)} evaluation samples are fewer than the {world_size} workers: use at most {len(ready)}."
@@ -74,7 +75,7 @@ def shard_evaluation(batches: Iterable[list[Any]], rank: int, world_size: int) -
         yield from shard_training([ready], rank, world_size)
 
 
-def round_robin(batches: Iterable[list[Any]], batch_slice: tuple[int, int | None, int]) -> Iterator[Shard]:
+def round_robin(batches: Iterable[Any], batch_slice: tuple[int, int | None, int]) -> Iterator[Shard]:
     """For prediction: whole batches in turn, so that each prediction is what it would have been on one worker."""
     for batch in islice(batches, *batch_slice):
         yield Shard(batch, len(batch), 1.0)
@@ -87,32 +88,59 @@ def interleave(per_rank: Sequence[Sequence[Any]]) -> list[Any]:
 
 def seed_generators(*state: object) -> None:
     """Makes what is drawn from here on, on the CPU, a function of `state` alone."""
-    seed = zlib.crc32(repr(state).encode())
+    seed_cpu(zlib.crc32(repr(state).encode()))
+
+
+def seed_cpu(seed: int) -> None:
+    """Seeds torch's generator for the CPU, NumPy's and Python's with a whole number below 2**32."""
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
 
 
+class Batch:
+    """The indices of samples, a list or an array, and their positions in the epoch's order; it can be sliced."""
+
+    def __init__(self, indices: Any, positions: range) -> None:
+        self.indices, self.positions = indices, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, part: slice) -> "Batch":
+        return Batch(self.indices[part], self.positions[part])
+
+    def __add__(self, following: "Batch") -> "Batch":
+        together = [*plain(self.indices), *plain(following.indices)]
+        return Batch(together, range(self.positions.start, following.positions.stop))
+
+
+def plain(indices: Any) -> list[Any]:
+    """A list of what a sampler handed out, with plain numbers where it was an array."""
+    return indices.tolist() if isinstance(indices, torch.Tensor | np.ndarray) else list(indices)
+
+
 class SeededIndices(list[Any]):
     """The indices of a shard, with where in the training each of them is drawn."""
 
-    def __init__(self, items: Sequence[tuple[Any, int]], epoch_pass: EpochPass) -> None:
-        super().__init__(index for index, _ in items)
-        self.seed_keys = [(*epoch_pass, "sample", position) for _, position in items]
+    def __init__(self, batch: Batch, epoch_pass: EpochPass) -> None:
+        super().__init__(plain(batch.indices))
+        self.positions, self.epoch_pass = batch.positions, epoch_pass
 
 
 class ShardedBatchSampler:
     """A batch sampler: this rank's shard of each batch of the user's sampler."""
 
-    def __init__(self, sampler: Iterable[Any], shard_batches: ShardBatches, seed: object) -> None:
+    def __init__(self, sampler: Any, shard_batches: ShardBatches, seed: object) -> None:
         self.sampler, self.shard_batches, self.seed = sampler, shard_batches, seed
         self.epoch_pass: EpochPass = (0, 0)
         self.start = 0
         self.drawn: deque[Shard] = deque()
-        self.first: list[Any] | None = None  # the first batch, of all ranks together
+        self.first: Batch | None = None  # the first batch, of all ranks together
         self.parts = [sampler, getattr(sampler, "sampler", None)]
         own = {getattr(part, "generator", None) for part in self.parts}
         self.generators = [each for each in own if isinstance(each, torch.Generator)]
+        self.draws_at_once = draws_at_once(sampler)
 
     def begin(self, epoch_pass: EpochPass, start: int) -> None:
         """Has it go through `epoch_pass` next, from batch `start` on."""
@@ -133,9 +161,9 @@ class ShardedBatchSampler:
     @property
     def digest(self) -> int:
         """Of the first batch, before it is sharded; 0 if none was drawn."""
-        return 0 if self.first is None else digest(self.first)
+        return 0 if self.first is None else digest(plain(self.first.indices))
 
-    def _batches(self) -> Iterator[list[Any]]:
+    def _batches(self) -> Iterator[Batch]:
         epoch, again = self.epoch_pass
         for part in self.parts:
             # Lightning does so too, but in a resumed epoch it may have asked for the first batch before.
@@ -145,20 +173,41 @@ class ShardedBatchSampler:
         # Of a seed only the lower 32 bits count.
         seeds = [(each.initial_seed() + epoch + (again << 20)) % 2**64 for each in self.generators]
         states = [torch.Generator().manual_seed(seed).get_state() for seed in seeds]
+        return self._cut(states) if self.draws_at_once else self._draw(states)
+
+    def _cut(self, states: list[torch.Tensor]) -> Iterator[Batch]:
+        """Batches of an order that is drawn once, of which no more is looked at than what a rank takes."""
+        with self._drawing(0, states):
+            order = draw_order(self.sampler)
+        for start in range(0, len(order), self.sampler.batch_size):
+            part = order[start : start + self.sampler.batch_size]
+            yield Batch(part, range(start, start + len(part)))
+
+    def _draw(self, states: list[torch.Tensor]) -> Iterator[Batch]:
+        """Batches of any sampler, which may draw anew for each."""
         batches: Iterator[Any] | None = None
         position = 0
         for number in count():
-            with isolate_rng(include_cuda=False):
-                seed_generators(self.seed, *self.epoch_pass, "indices", number)
-                as_found = swap_states(self.generators, states)
+            with self._drawing(number, states):
                 batches = iter(self.sampler) if batches is None else batches
                 batch = next(batches, None)
-                states = swap_states(self.generators, as_found)
             if batch is None:
                 return
-            indices = batch.tolist() if isinstance(batch, torch.Tensor | np.ndarray) else list(batch)
-            yield [(index, position + i) for i, index in enumerate(indices)]
+            indices = plain(batch)
+            yield Batch(indices, range(position, position + len(indices)))
             position += len(indices)
+
+    @contextmanager
+    def _drawing(self, number: int, states: list[torch.Tensor]) -> Iterator[None]:
+        """Makes what is drawn for batch `number` a function of its place alone, and leaves all generators as they were.
+
+        `states`, those of the user's generators, go on from batch to batch.
+        """
+        with isolate_rng(include_cuda=False):
+            seed_generators(self.seed, *self.epoch_pass, "indices", number)
+            as_found = swap_states(self.generators, states)
+            yield
+            states[:] = swap_states(self.generators, as_found)
 
 
 def swap_states(generators: list[torch.Generator], states: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -180,13 +229,16 @@ class SeededDataset(Dataset[Any]):
 
     def __getitems__(self, indices: SeededIndices) -> Any:
         if fetches_batches(self.dataset):
-            seed_generators(self.seed, *indices.seed_keys)
+            epoch, again = indices.epoch_pass
+            # As repr has tuples, at a tenth of its time.
+            positions = f"), ({epoch}, {again}, 'sample', ".join(map(str, indices.positions))
+            seed_cpu(zlib.crc32(f"({self.seed!r}, ({epoch}, {again}, 'sample', {positions}))".encode()))
             return self.dataset.__getitems__(list(indices))
-        return [self._sample(index, epoch_pass) for index, epoch_pass in zip(indices, indices.seed_keys, strict=True)]
-
-    def _sample(self, index: Any, epoch_pass: tuple[object, ...]) -> Any:
-        seed_generators(self.seed, *epoch_pass)
-        return self.dataset[index]
+        samples = []
+        for index, position in zip(indices, indices.positions, strict=True):
+            seed_generators(self.seed, *indices.epoch_pass, "sample", position)
+            samples.append(self.dataset[index])
+        return samples
 
 
 def fetches_batches(dataset: Any) -> bool:

@@ -1,5 +1,6 @@
 """Trains on Ray: a TorchTrainer whose workers run `worker.run`."""
 
+import os
 import sys
 import threading
 import traceback
@@ -128,6 +129,9 @@ def train_function(config: dict[str, Any]) -> Outcome | Evaluation | None:
     """What each worker process runs; only rank 0 brings the outcome home, which can be heavy."""
     go_to(config["folder"])
     torch.set_num_threads(config["threads"])  # as many as CPUs are reserved: workers don't fight over cores
+    if not config["use_gpu"]:
+        # An optimizer of torch's for CUDA looks for GPUs at each step, and where it finds no driver does so for long.
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     rank = ray.train.get_context().get_world_rank()
     with worker_output(config["send"], rank, output_files(), config["root_logger"]) as tell:
         try:
