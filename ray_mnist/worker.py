@@ -13,7 +13,8 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ray_mnist.callbacks import Mistakes, Randomness, Recorder
 from ray_mnist.distributed.collectives import gather
-from ray_mnist.distributed.loaders import LossWeighting, SameDraws, compare_draws, resumable_loaders
+from ray_mnist.distributed.draws import SameDraws, compare_draws
+from ray_mnist.distributed.loaders import LossWeighting, resumable_loaders
 from ray_mnist.distributed.metrics import MetricSync
 from ray_mnist.distributed.serialization import fingerprints, public_state, sendable
 from ray_mnist.distributed.sharding import interleave

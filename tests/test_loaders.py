@@ -33,12 +33,11 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from ray_mnist.distributed.draws import SameDraws, compare_draws
 from ray_mnist.distributed.loaders import (
     LossWeighting,
     ResumableLoader,
-    SameDraws,
     ShardedLoader,
-    compare_draws,
     resumable_loaders,
     samples_seen,
     shard_loader,
@@ -753,7 +752,7 @@ def test_ranks_that_come_to_differ_in_mid_training_leave_the_run_as_it_is() -> N
 
 def test_draws_are_compared_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[Any] = []
-    monkeypatch.setattr("ray_mnist.distributed.loaders.compare_draws", lambda _, loaders: compared.append(loaders))
+    monkeypatch.setattr("ray_mnist.distributed.draws.compare_draws", lambda _, loaders: compared.append(loaders))
     trainer: Any = SimpleNamespace(train_dataloader="train", val_dataloaders="val", test_dataloaders="test")
     draws, module = SameDraws(), None
     draws.on_train_start(trainer, module)  # type: ignore[arg-type]

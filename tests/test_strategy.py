@@ -13,10 +13,11 @@ import pytest
 import pytorch_lightning as pl
 import torch.distributed as dist
 from moto.server import ThreadedMotoServer
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 from ranks import on_ranks
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
-from ray_mnist.distributed.strategy import on_each_node
+from ray_mnist.distributed.strategy import LoadsOncePerNode, ShardsLoaders, extend, on_each_node
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -38,6 +39,17 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     boto3.client("s3").create_bucket(Bucket="bucket")
     yield "s3://bucket"
     server.stop()
+
+
+@pytest.mark.parametrize("made_by", [SingleDeviceStrategy, DDPStrategy, FSDPStrategy, DeepSpeedStrategy])
+def test_any_strategy_can_be_extended(made_by: type[Any]) -> None:
+    strategy = made_by.__new__(made_by)
+    extend(strategy, ShardsLoaders, seed=5)
+    extend(strategy, LoadsOncePerNode)
+    assert isinstance(strategy, made_by)
+    assert type(strategy).process_dataloader is ShardsLoaders.process_dataloader
+    assert type(strategy).load_checkpoint is LoadsOncePerNode.load_checkpoint
+    assert (type(strategy).__name__, strategy.seed) == (made_by.__name__, 5)
 
 
 def copies() -> list[Path]:

@@ -15,7 +15,10 @@ from ray_mnist.run.folder import fetched, scratch_path
 
 
 def extend(strategy: Any, mixin: type[Any], **attributes: Any) -> None:
-    """Makes `strategy`, with new `attributes`, one of a subclass of its class, in which `mixin` comes first."""
+    """Makes `strategy`, with new `attributes`, one of a subclass of its class, in which `mixin` comes first.
+
+    Python allows it where the first bases of its class lead to Lightning's Strategy.
+    """
     found = type(strategy)
     strategy.__class__ = type(found.__name__, (mixin, found), {})
     vars(strategy).update(attributes)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.distributed.xla_multiprocessing as xmp
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.strategies.single_xla import SingleDeviceXLAStrategy
 from pytorch_lightning.strategies.xla import XLAStrategy
 from ray import cloudpickle
@@ -42,13 +42,13 @@ OUTCOME, ERROR = "outcome", "error"
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
-class SyncSteps:
+class SyncSteps(Strategy):
     """What Lightning's strategies for one core and for all of them both lack."""
 
     def batch_to_device(self, batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
         """Has the device run what was computed so far: the graph of an evaluation would have all its batches in it."""
         torch_xla.sync()
-        return super().batch_to_device(batch, device, dataloader_idx)  # type: ignore[misc]
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seeds the device as this process was seeded for the step: torch.manual_seed does not reach it."""
