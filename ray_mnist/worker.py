@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ray_mnist.callbacks import Mistakes, Randomness, Recorder
 from ray_mnist.distributed.collectives import gather
-from ray_mnist.distributed.loaders import LossWeighting, resumable_loaders
+from ray_mnist.distributed.loaders import LossWeighting, SameDraws, compare_draws, resumable_loaders
 from ray_mnist.distributed.metrics import MetricSync
 from ray_mnist.distributed.serialization import fingerprints, public_state, sendable
 from ray_mnist.distributed.sharding import interleave
@@ -178,6 +178,7 @@ def predict(job: Job, context: WorkerContext) -> Evaluation:
         weights_only=job.weights_only,
     )
     job.model.allow_zero_length_dataloader_with_multiple_devices = allowed
+    compare_draws(trainer, trainer.predict_dataloaders)
     evaluation = Evaluation(trainer_state=trainer_state(trainer))
     found = gather(trainer, mine) if trainer.predict_loop.return_predictions else []
     if found and found[0] is not None:
@@ -200,7 +201,8 @@ def make_trainer(job: Job, context: WorkerContext, *callbacks: pl.Callback) -> p
         arguments.setdefault("default_root_dir", job.folder.path)
     weighting = LossWeighting()
     metric_sync = MetricSync(weighting)
-    arguments["callbacks"] = [Randomness(job.seed), weighting, metric_sync, *arguments["callbacks"], *callbacks]
+    own = [SameDraws(), Randomness(job.seed), weighting, metric_sync]
+    arguments["callbacks"] = [*own, *arguments["callbacks"], *callbacks]
     with_context = arguments | context.trainer_arguments() | {"use_distributed_sampler": False}
     trainer = pl.Trainer(**with_context)
     shard_loaders(trainer, job.seed, presharded)

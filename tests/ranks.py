@@ -25,10 +25,10 @@ def on_ranks(work: Callable[[int], Any], world_size: int = 2, backend: str = "gl
         except Exception as error:
             found = error
         home.send_bytes(cloudpickle.dumps(found))
-        home.recv_bytes()  # stays until all have answered
+        home.poll(ANSWER_S)  # stays until all have answered, and no longer if there are no tests to kill it
 
     pipes = [FORK.Pipe() for _ in range(world_size)]
-    ranks = [FORK.Process(target=run, args=(rank, pipes[rank][1]), daemon=True) for rank in range(world_size)]
+    ranks = [FORK.Process(target=run, args=(rank, pipes[rank][1])) for rank in range(world_size)]
     for process in ranks:
         process.start()
     try:

@@ -2,8 +2,10 @@
 
 import copy
 import multiprocessing
+import os
 import pickle
 import random
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice
@@ -15,7 +17,9 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.utilities import CombinedLoader
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -23,24 +27,26 @@ from torch.utils.data import (
     Dataset,
     DistributedSampler,
     IterableDataset,
+    Sampler,
     TensorDataset,
     WeightedRandomSampler,
     get_worker_info,
 )
 
-from ray_mnist import RequestError
 from ray_mnist.distributed.loaders import (
     LossWeighting,
     ResumableLoader,
+    SameDraws,
     ShardedLoader,
+    compare_draws,
     resumable_loaders,
-    same_on_all_ranks,
     samples_seen,
     shard_loader,
     training_position,
 )
 from ray_mnist.distributed.sharding import interleave, shard_evaluation, shard_training
 from ray_mnist.distributed.strategy import shard_loaders
+from ray_mnist.errors import RequestError, TrainingError
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -455,6 +461,7 @@ def stands(rank: int = 0, world_size: int = 1, task: str = "training", epoch: in
         training=task == "training",
         predicting=task == "predicting",
         current_epoch=epoch,
+        global_step=0,
         fit_loop=SimpleNamespace(
             epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=epoch, ready=epoch + 1)),
             epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(processed=batch))),
@@ -583,45 +590,179 @@ def test_a_loader_of_an_earlier_trainer_stands_where_the_new_one_stands() -> Non
     assert list(again) == list(given(LOADERS["map-style"](collate_fn=collate), epoch=1))
 
 
-class Rows(IterableDataset[Any]):
-    """Parts of a tensor whose end is the rank's own; with a step, only those of one rank."""
+# What the ranks draw
 
-    def __init__(self, rank: int, first: int = 0, step: int = 1) -> None:
-        self.rows, self.first, self.step = torch.arange(1000.0), first, step
-        self.rows[-1] = rank
+
+class Rows(IterableDataset[Tensor]):
+    """Numbers in a row; only those of a rank where `ask` gives it."""
+
+    def __init__(self, ask: Callable[[], Any] = lambda: None) -> None:
+        self.ask = ask
+
+    def __len__(self) -> int:
+        return 20
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (row for row in self.rows[self.first :: self.step])
+        rank = self.ask()
+        return iter(torch.arange(20) if rank is None else torch.arange(int(rank), 20, 2))
 
 
-def compare(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.manual_seed(rank)
-    expected = torch.get_rng_state()
-    whole, own = Rows(rank), Rows(rank, rank, 2)
-    found = [same_on_all_ranks(stream, 2, 0) for stream in (whole, own, Jittered())]
-    assert torch.equal(torch.get_rng_state(), expected)
-    batches = [
-        next(iter(given(DataLoader(stream, 4), rank, 2, task))).tolist()
-        for task in ("training", "predicting")
-        for stream in (whole, own)
-    ]
-    Path(folder, f"found-{rank}").write_bytes(pickle.dumps((found, batches)))
-    torch.distributed.destroy_process_group()
+ASKS: dict[str, Callable[[], Any]] = {
+    "torch": lambda: torch.distributed.get_rank(),
+    "the environment": lambda: os.environ["RANK"],
+    "the environment, with a default": lambda: os.environ.get("RANK", "0"),
+    "Lightning": lambda: TorchElasticEnvironment().global_rank(),
+}
+TASKS = ("training", "validating", "predicting")
 
 
-def test_a_stream_that_differs_between_the_ranks_has_been_shared_out(tmp_path: Path) -> None:
-    ranks = [FORK.Process(target=compare, args=(rank, str(tmp_path)), daemon=True) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-    found, batches = zip(*[pickle.loads((tmp_path / f"found-{rank}").read_bytes()) for rank in range(2)], strict=True)
-    assert found == ([True, False, True],) * 2
-    assert batches == (
-        [[0, 2], [0, 2, 4, 6], [0, 1, 2, 3], [0, 2, 4, 6]],
-        [[1, 3], [1, 3, 5, 7], [4, 5, 6, 7], [1, 3, 5, 7]],
-    )
+def numbers(stream: IterableDataset[Tensor], rank: int, task: str, **options: Any) -> list[int]:
+    return sorted(chain(*[batch.tolist() for batch in given(DataLoader(stream, 4, **options), rank, 2, task)]))
+
+
+@pytest.mark.parametrize("processes", ["in this process", "in one other", "in one other that persists"])
+@pytest.mark.parametrize("ask", [*ASKS, None])
+def test_a_stream_shares_itself_out_if_it_asks_for_its_rank(ask: str | None, processes: str) -> None:
+    options = {
+        "in this process": {},
+        "in one other": {"num_workers": 1},
+        "in one other that persists": {"num_workers": 1, "persistent_workers": True},
+    }[processes]
+
+    def work(rank: int) -> list[list[int]]:
+        os.environ["RANK"] = str(rank)
+        tracing = sys.gettrace()
+        stream = Rows(ASKS[ask]) if ask else Rows()
+        found = [numbers(stream, rank, task, **options) for task in TASKS]
+        assert sys.gettrace() is tracing
+        return found
+
+    ranks = on_ranks(work)
+    own = [list(range(rank, 20, 2)) for rank in range(2)]
+    if ask:
+        assert ranks == [[own[0]] * 3, [own[1]] * 3]
+    else:
+        assert ranks[0][:2] == [own[0]] * 2
+        assert [sorted(found[0] + found[1]) for found in zip(*ranks, strict=True)] == [list(range(20))] * 3
+
+
+class Shuffled(IterableDataset[Any]):
+    """Numbers in an order that nobody seeds, or what a test makes of them."""
+
+    def __init__(self, of: Callable[[int], Any] = int) -> None:
+        self.of = of
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self.of(number) for number in np.random.default_rng().permutation(1000)])
+
+
+class Unseeded(Sampler[int]):
+    """As its own generator has it."""
+
+    def __init__(self) -> None:
+        self.random = np.random.default_rng()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.random.permutation(1000).tolist())
+
+
+class Slotted:
+    """Cannot be pickled."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError
+
+
+def halves(number: int) -> Any:
+    """A tensor that is a part of another, at an address of its own."""
+    return {"number": torch.arange(100.0)[7:9], "more": [np.zeros(3), "text"]}
+
+
+DIFFERENT = "give what shuffles it a seed, the same on all of them; where it shares the data out itself,"
+DRAWS: dict[str, tuple[Callable[[], DataLoader[Any]], str]] = {
+    "a stream without a seed": (
+        lambda: DataLoader(Shuffled(), 4),
+        f"The workers draw different samples from the stream Shuffled: {DIFFERENT} have it ask torch.distributed for "
+        "its rank, or give Trainer use_distributed_sampler=False.",
+    ),
+    "a stream without a seed, from a process": (
+        lambda: DataLoader(Shuffled(), 4, num_workers=1),
+        f"The workers draw different samples from the stream Shuffled: {DIFFERENT} have it ask torch.distributed for "
+        "its rank, or give Trainer use_distributed_sampler=False.",
+    ),
+    "a sampler without a seed": (
+        lambda: DataLoader(range(1000), 4, sampler=Unseeded()),
+        f"The workers draw different batches with a Unseeded: {DIFFERENT} give Trainer use_distributed_sampler=False.",
+    ),
+    "a generator without a seed": (
+        lambda: DataLoader(range(1000), 4, shuffle=True, generator=generator_of_its_own()),
+        f"The workers draw different batches with a RandomSampler: {DIFFERENT} give Trainer "
+        "use_distributed_sampler=False.",
+    ),
+    "equal tensors at different addresses": (lambda: DataLoader(Shuffled(halves), 4), ""),
+    "what cannot be pickled": (lambda: DataLoader(Shuffled(lambda _: Slotted()), 4, collate_fn=len), ""),
+    "shuffled as Lightning seeds it": (lambda: DataLoader(range(1000), 4, shuffle=True), ""),
+    "weighted": (lambda: DataLoader(Noisy(), 4, sampler=weighted()), ""),
+    "shared out by a sampler": (
+        lambda: DataLoader(range(1000), 4, sampler=DistributedSampler(range(1000), shuffle=False)),
+        "",
+    ),
+}
+
+
+def generator_of_its_own() -> torch.Generator:
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
+@pytest.mark.parametrize("task", ["training", "validating"])
+@pytest.mark.parametrize(("loader", "refused"), DRAWS.values(), ids=DRAWS)
+def test_ranks_that_draw_different_batches_are_refused(
+    loader: Callable[[], DataLoader[Any]], refused: str, task: str
+) -> None:
+    def work(rank: int) -> str:
+        trainer = stands(rank, 2, task)
+        torch.manual_seed(rank)
+        mine = given(loader(), rank, 2, task)
+        compare_draws(trainer, mine)  # before anything was drawn
+        next(iter(mine))
+        state = torch.get_rng_state()
+        try:
+            compare_draws(trainer, mine)
+        except RequestError as error:
+            return str(error)
+        assert torch.equal(torch.get_rng_state(), state)
+        return ""
+
+    assert on_ranks(work) == [refused] * 2
+
+
+def test_ranks_that_come_to_differ_in_mid_training_leave_the_run_as_it_is() -> None:
+    def work(rank: int) -> None:
+        mine = given(DataLoader(Shuffled(), 4), rank, 2)
+        next(iter(mine))
+        trainer = stands(rank, 2)
+        trainer.global_step = 1
+        compare_draws(trainer, mine)
+
+    assert [type(error) for error in on_ranks(work)] == [TrainingError] * 2
+
+
+def test_draws_are_compared_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[Any] = []
+    monkeypatch.setattr("ray_mnist.distributed.loaders.compare_draws", lambda _, loaders: compared.append(loaders))
+    trainer: Any = SimpleNamespace(train_dataloader="train", val_dataloaders="val", test_dataloaders="test")
+    draws, module = SameDraws(), None
+    draws.on_train_start(trainer, module)  # type: ignore[arg-type]
+    for _ in range(2):
+        draws.on_train_epoch_start(trainer, module)  # type: ignore[arg-type]
+        for number in range(3):
+            draws.on_train_batch_start(trainer, module, None, number)
+    for number in range(3):
+        draws.on_validation_batch_start(trainer, module, None, number)
+        draws.on_test_batch_start(trainer, module, None, number, 0)
+    assert compared == ["train", "train", "val", "test"]
 
 
 # With Lightning

@@ -1078,6 +1078,21 @@ def test_weights_that_the_loss_does_not_reach_are_named_with_the_way_out(gloo: N
     assert not (tmp_path / "run").exists()
 
 
+class AnyOrder(Counting):
+    """In an order that nobody seeds, and so another one on each worker."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        samples = [*super().__iter__()]
+        return (samples[index] for index in np.random.default_rng().permutation(len(samples)))
+
+
+def test_a_stream_that_nobody_seeds_is_refused_with_the_way_out(gloo: None, tmp_path: Path) -> None:
+    trainer = Trainer(max_epochs=1, num_workers=2, storage_path=str(tmp_path), name="run")
+    with pytest.raises(RequestError, match=r"different samples from the stream AnyOrder: .*sampler=False\.$"):
+        trainer.fit(LitStream(), DataLoader(AnyOrder(43), batch_size=6))
+    assert not (tmp_path / "run").exists()
+
+
 class LitNormalised(LitClassifier):
     def __init__(self) -> None:
         super().__init__()

@@ -1,12 +1,9 @@
 """The loaders that Lightning trains and evaluates with: the user's, sharded among the workers."""
 
 import copy
-import io
-import pickle
-import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,10 +13,11 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback
 from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.data import extract_batch_size
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from ray_mnist.distributed.sharding import (
+    ALL,
+    SHARES_ITSELF_OUT,
     CollateShard,
     EpochPass,
     SeededDataset,
@@ -32,7 +30,7 @@ from ray_mnist.distributed.sharding import (
     shard_evaluation,
     shard_training,
 )
-from ray_mnist.errors import RequestError
+from ray_mnist.errors import RequestError, TrainingError
 
 BatchSlice = tuple[int, int | None, int]
 
@@ -60,7 +58,7 @@ class ResumableLoader:
         position: Callable[[], tuple[int, int]],
         number: int = 0,
         training: bool = False,
-        batch_slice: BatchSlice = (0, None, 1),
+        batch_slice: BatchSlice = ALL,
     ) -> None:
         self.loader, self.seed, self.position, self.batch_slice = loader, seed, position, batch_slice
         self.training, self.draws = training, (seed, number)
@@ -182,6 +180,8 @@ class ShardedLoader(ResumableLoader):
 
     def __len__(self) -> int:
         size = len(self.loader)  # a TypeError for one that is without end
+        if isinstance(self.shards, ShardedStream) and self.batch_slice != ALL:
+            raise TypeError("whether all batches of a stream are this rank's is known once it has begun")
         if self.length:
             return self.length(size)
         assert isinstance(self.shards, ShardedBatchSampler)
@@ -190,12 +190,19 @@ class ShardedLoader(ResumableLoader):
     def _begin(self) -> tuple[int, Iterator[tuple[int, float, Any]]]:
         if isinstance(self.shards, ShardedStream):
             self.shards.begin(self.epoch_pass)
-            return 0, iter(self.source)
+            return 0, self._slice(iter(self.source))
         self.shards.begin(self.epoch_pass, self.start)
         drawn = self.shards.drawn
         # zip would take a batch's shard before the batch, when it may not have been drawn.
         batches = ((shard.samples, shard.weight, batch) for batch in iter(self.source) for shard in [drawn.popleft()])
         return self.start, batches
+
+    def _slice(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """All batches of a stream that shares itself out, which is known with its first."""
+        first = list(islice(batches, 1))
+        whole = self.shards.digest == SHARES_ITSELF_OUT
+        _, stop, _ = self.batch_slice
+        yield from islice(chain(first, batches), *((0, stop, 1) if whole else self.batch_slice))
 
 
 def sliced_length(batch_slice: BatchSlice, batches: int) -> int:
@@ -228,23 +235,22 @@ def shard_loader(
         return training_position(trainer) if training else (trainer.current_epoch, 0)
 
     options: dict[str, Any] = {"seed": seed, "position": position, "number": number, "training": training}
-    batch_slice: BatchSlice = (0, None, 1)
+    batch_slice: BatchSlice = ALL
     if trainer.predicting:
         batch_slice = (0, limit if isinstance(limit, int) else limit_of(limit, loader), 1)
     batched = isinstance(loader, DataLoader) and (loader.batch_sampler is not None or loader.batch_size is not None)
     stream = batched and isinstance(loader.dataset, IterableDataset)
-    if (
-        presharded
-        or has_distributed_sampler(loader)
-        or (stream and not same_on_all_ranks(loader.dataset, world_size, seed))
-    ):
+    if presharded or has_distributed_sampler(loader):
         return ResumableLoader(loader, batch_slice=batch_slice, **options)  # the user's own code shards it
     if trainer.predicting:
         batch_slice = (rank, batch_slice[1], world_size)
-        if stream or not batched:
+        if not batched:
             return ResumableLoader(loader, batch_slice=batch_slice, **options)
-        shard_batches: ShardBatches = partial(round_robin, batch_slice=batch_slice)
-        return ShardedLoader(loader, shard_batches=shard_batches, length=partial(sliced_length, batch_slice), **options)
+        # Those of a stream can come from several processes, and take turns only once they are here.
+        here, there = (batch_slice, ALL) if stream else (ALL, batch_slice)
+        shard_batches: ShardBatches = partial(round_robin, batch_slice=there)
+        length = partial(sliced_length, batch_slice)
+        return ShardedLoader(loader, shard_batches=shard_batches, length=length, batch_slice=here, **options)
     if not batched:
         if world_size == 1:
             return ResumableLoader(loader, **options)
@@ -252,7 +258,7 @@ def shard_loader(
             f"{describe(loader)} hands out finished batches, which {world_size} workers cannot share: use a DataLoader "
             "with a batch_size, or share the data out yourself and give Trainer use_distributed_sampler=False."
         )
-    if training and loader.batch_size and loader.batch_size < world_size:
+    if training and not stream and loader.batch_size and loader.batch_size < world_size:
         raise RequestError(
             f"batch_size={loader.batch_size} is the batch over all workers, and {world_size} workers cannot share it: "
             f"use at least {world_size}."
@@ -279,27 +285,6 @@ def describe(loader: Any) -> str:
     return f"A {type(loader).__name__}{' with batch_size=None' if isinstance(loader, DataLoader) else ''}"
 
 
-def same_on_all_ranks(stream: IterableDataset[Any], world_size: int, seed: int) -> bool:
-    """Whether all ranks get the same samples from the stream, which then has not been shared out yet."""
-    if world_size == 1:
-        return True
-    with isolate_rng(include_cuda=False):
-        seed_generators(seed)
-        first = io.BytesIO()
-        ByValue(first).dump(list(islice(stream, 2 * world_size)))
-    found: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(found, zlib.crc32(first.getvalue()))
-    return len(set(found)) == 1
-
-
-class ByValue(pickle.Pickler):
-    """Pickles equal tensors to equal bytes: pickle's own have addresses in them, and what they are only a part of."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        """A tensor's values, wherever in a sample it is."""
-        return (torch.tensor, (obj.tolist(),)) if isinstance(obj, torch.Tensor) else NotImplemented
-
-
 def training_position(trainer: pl.Trainer) -> tuple[int, int]:
     """The epoch, counted from 0, and the batch that the run stands at."""
     epoch: Any = trainer.fit_loop.epoch_progress.current
@@ -315,6 +300,69 @@ def resumable_loaders(loaders: Any) -> list[ResumableLoader]:
 def samples_seen(loaders: Any) -> int:
     """How many samples this rank has had of them: in the training so far, or in this evaluation."""
     return sum(loader.samples for loader in resumable_loaders(loaders))
+
+
+class SameDraws(Callback):
+    """Compares the first batches that the ranks draw from a loader, at the start of each epoch and evaluation.
+
+    Each rank takes its shard of what it draws; where they draw different things, samples would be lost and others
+    counted twice, in silence.
+    """
+
+    due = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Also where a run resumes inside an epoch and no epoch starts."""
+        self.due = True
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The first batch is drawn once the epoch has started."""
+        self.due = True
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Compares, at the first batch."""
+        if self.due:
+            compare_draws(trainer, trainer.train_dataloader)
+        self.due = False
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, _: Any, __: Any, batch_idx: int, *___: Any) -> None:
+        """Compares, at a loader's first batch."""
+        if batch_idx == 0:
+            compare_draws(trainer, trainer.val_dataloaders)
+
+    def on_test_batch_start(self, trainer: pl.Trainer, _: Any, __: Any, batch_idx: int, *___: Any) -> None:
+        """Compares, at a loader's first batch."""
+        if batch_idx == 0:
+            compare_draws(trainer, trainer.test_dataloaders)
+
+
+def compare_draws(trainer: pl.Trainer, loaders: Any) -> None:
+    """To be called on all ranks together.
+
+    Raises:
+        RequestError: they draw different batches from one of the loaders.
+        TrainingError: they do so only after the training has begun.
+    """
+    if trainer.world_size == 1:
+        return
+    sharded = [loader for loader in resumable_loaders(loaders) if isinstance(loader, ShardedLoader)]
+    found: list[list[int]] = [[] for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(found, [loader.shards.digest for loader in sharded])
+    for loader, digests in zip(sharded, zip(*found, strict=True), strict=True):
+        if len({*digests} - {0}) > 1:
+            raise (TrainingError if trainer.global_step else RequestError)(different_draws(loader))
+
+
+def different_draws(loader: ShardedLoader) -> str:
+    """What is wrong, and the way out."""
+    what, ask = f"batches with a {type(loader.loader.sampler).__name__}", ""
+    if isinstance(loader.shards, ShardedStream):
+        what = f"samples from the stream {type(loader.dataset).__name__}"
+        ask = "have it ask torch.distributed for its rank, or "
+    return (
+        f"The workers draw different {what}: give what shuffles it a seed, the same on all of them; where it shares "
+        f"the data out itself, {ask}give Trainer use_distributed_sampler=False."
+    )
 
 
 class LossWeighting(Callback):

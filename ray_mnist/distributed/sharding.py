@@ -10,7 +10,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,12 @@ import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
+from ray_mnist.distributed.agreement import digest, watching_for_the_rank
 from ray_mnist.errors import RequestError
 
 ShardBatches = Callable[[Iterator[list[Any]]], Iterator["Shard"]]
+ALL = (0, None, 1)  # as a slice of batches
+SHARES_ITSELF_OUT = -1  # in place of a digest
 EpochPass = tuple[int, int]  # the epoch, and how often the loader has been gone through in it before
 
 
@@ -106,6 +109,7 @@ class ShardedBatchSampler:
         self.epoch_pass: EpochPass = (0, 0)
         self.start = 0
         self.drawn: deque[Shard] = deque()
+        self.first: list[Any] | None = None  # the first batch, of all ranks together
         self.parts = [sampler, getattr(sampler, "sampler", None)]
         own = {getattr(part, "generator", None) for part in self.parts}
         self.generators = [each for each in own if isinstance(each, torch.Generator)]
@@ -122,7 +126,14 @@ class ShardedBatchSampler:
 
     def shards(self) -> Iterator[Shard]:
         """All of them."""
-        return self.shard_batches(self._batches())
+        batches = self._batches()
+        self.first = next(batches, None)
+        return self.shard_batches(chain([] if self.first is None else [self.first], batches))
+
+    @property
+    def digest(self) -> int:
+        """Of the first batch, before it is sharded; 0 if none was drawn."""
+        return 0 if self.first is None else digest(self.first)
 
     def _batches(self) -> Iterator[list[Any]]:
         epoch, again = self.epoch_pass
@@ -186,20 +197,39 @@ def fetches_batches(dataset: Any) -> bool:
 
 
 class ShardedStream(IterableDataset[Shard]):
-    """The user's stream of samples, cut into global batches and shared out."""
+    """The user's stream of samples, cut into global batches and shared out, unless it shares itself out.
+
+    It does so if it asks for the rank of its process on the way to its first batch.
+    """
 
     def __init__(self, loader: DataLoader[Any], shard_batches: ShardBatches, seed: object) -> None:
         self.dataset, self.batch_size, self.drop_last = loader.dataset, loader.batch_size, loader.drop_last
         self.shard_batches, self.seed = shard_batches, seed
-        # A persistent loader worker has a copy of all but this.
+        # A persistent loader worker has a copy of all but these.
         self.epoch_pass = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self.first = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self.one_of_several = torch.distributed.is_initialized()
+
+    @property
+    def digest(self) -> int:
+        """Of the first batch, before it is sharded; SHARES_ITSELF_OUT where that is not done here."""
+        return int(self.first)
 
     def begin(self, epoch_pass: EpochPass) -> None:
         """Has it go through `epoch_pass` next."""
         self.epoch_pass[:] = torch.tensor(epoch_pass)
 
     def __iter__(self) -> Iterator[Shard]:
-        return self.shard_batches(self._batches(self.epoch_pass.tolist()))
+        batches = self._batches(self.epoch_pass.tolist())
+        if not self.one_of_several:
+            return self.shard_batches(batches)
+        with watching_for_the_rank() as asked:
+            first = list(islice(batches, 1))
+        worker = get_worker_info()
+        if worker is None or worker.id == 0:  # whose batch is the loader's first
+            self.first.fill_(SHARES_ITSELF_OUT if asked else digest(first))
+        batches = chain(first, batches)
+        return round_robin(batches, ALL) if asked else self.shard_batches(batches)
 
     def _batches(self, epoch_pass: list[int]) -> Iterator[list[Any]]:
         worker = get_worker_info()
