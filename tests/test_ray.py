@@ -101,6 +101,7 @@ def test_a_killed_worker_costs_no_sample(
     ]
 
 
+@pytest.mark.slow
 def test_failures_beyond_the_limit_end_the_run_in_one_sentence(cluster: None, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="worker 1 died: killed, out of memory"):
         fit(tmp_path, "run", 2, callbacks=[DieOnce(tmp_path / "killed", 1, step=2)], max_failures=0)
