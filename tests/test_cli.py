@@ -223,6 +223,7 @@ def test_a_process_ends_with_the_sentence(command: Command, tmp_path: Path) -> N
     assert everything_in(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_gpus_that_the_cluster_does_not_have(command: Command, tmp_path: Path) -> None:
     """The Ray cluster that is started for the run ends with it."""
     with tempfile.TemporaryDirectory(prefix="ray-") as ray_folder:

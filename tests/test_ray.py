@@ -108,6 +108,7 @@ def test_a_killed_worker_costs_no_sample(
     ]
 
 
+@pytest.mark.slow
 def test_failures_beyond_the_limit_end_the_run_in_one_sentence(
     cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
