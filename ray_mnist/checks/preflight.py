@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ray_mnist.errors import RequestError, one_line
@@ -235,13 +234,9 @@ def _answer(answer: Any, deadline: float) -> str | None:
 def _probe(folder: RunFolder) -> Iterator[RunFolder]:
     """A folder beside the run folder, for the time of the `with`; what had to be made for it goes too."""
     probe = RunFolder(folder.storage_path, f".probe-{uuid.uuid4().hex}")
-    parents = Path(folder.path).parents if folder.is_local else []
-    made = [path for path in parents if not path.exists()]
-    try:
-        yield probe
-    finally:
-        with suppress(OSError):
-            probe.remove()
-        for path in made:
-            with suppress(OSError):  # another run may have begun to use it
-                path.rmdir()
+    with probe.empty_ones_removed():
+        try:
+            yield probe
+        finally:
+            with suppress(OSError):
+                probe.remove()
