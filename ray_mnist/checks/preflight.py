@@ -82,7 +82,7 @@ def check_resources(num_workers: int, bundle: Bundle, wait_s: float, say: Callab
     has = f"the cluster at {cluster} has room for {room} of the {num_workers} workers"
     grows_on_demand = ray_internals.has_autoscaler()
     if room < num_workers and not grows_on_demand and not ray_internals.nodes_are_joining():
-        raise RequestError(f"{needs}; {has}: {way_out(room, bundle)}")
+        raise RequestError(f"{needs}; {has}: {way_out(cluster, bundle)}")
     group = placement_group([bundle] * num_workers)
     try:
         if not group.wait(2):
@@ -92,7 +92,7 @@ def check_resources(num_workers: int, bundle: Bundle, wait_s: float, say: Callab
             while not group.wait(1):
                 if room < num_workers and grows_on_demand and ray_internals.is_beyond_the_autoscaler(group):
                     raise RequestError(
-                        f"{needs}; {has}, and its autoscaler cannot add nodes enough: {way_out(room, bundle)}"
+                        f"{needs}; {has}, and its autoscaler cannot add nodes enough: {way_out(cluster, bundle)}"
                     )
                 if time.monotonic() > deadline:
                     raise RequestError(
@@ -116,11 +116,11 @@ def count(amount: float, name: str) -> str:
     return f"{amount:g} {name}" + ("" if amount == 1 else "s")
 
 
-def way_out(room: int, bundle: Bundle) -> str:
+def way_out(cluster: Cluster, bundle: Bundle) -> str:
     """What to do where there is not room enough."""
-    if room:
+    if room := cluster.room_for(bundle):
         fewer = f"use --num-workers {room}"
-    elif bundle["CPU"] > 1:
+    elif cluster.room_for(bundle | {"CPU": 1}):
         fewer = "use fewer --cpus-per-worker"
     else:
         fewer = "drop --use-gpu" if "GPU" in bundle else "add nodes"
