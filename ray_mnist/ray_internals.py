@@ -19,6 +19,7 @@ import ray.autoscaler
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray._private.state import state as global_state
 from ray._private.utils import read_ray_address
 from ray._private.worker import global_worker
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -27,6 +28,7 @@ from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 from ray.core.generated.common_pb2 import NodeDeathInfo  # type: ignore[attr-defined]
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -36,14 +38,13 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.util import get_current_placement_group
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ray_mnist.errors import one_line
 
 CONNECT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 15
-ABORT_TIMEOUT_S = 10
 SNAPSHOT = CHECKPOINT_MANAGER_SNAPSHOT_FILENAME  # what Ray Train remembers of a run, in its folder
 SCHEMA = json.loads(Path(ray.autoscaler.__file__).with_name("ray-schema.json").read_text())  # of a cluster file
 FIRST_AUTOSCALER = "RAY_enable_autoscaler_v2=0"  # where `ray start --head` would take the second
@@ -155,26 +156,43 @@ class AbortableTorchTrainer(TorchTrainer):
 
     controller_class: type[TrainController] = TrainController
     controller: Any = None
+    aborted = False
 
     def abort(self) -> None:
-        """Ends the controller and its workers, also where the cluster goes on."""
+        """Ends the controller and its workers at once, also where the cluster goes on.
+
+        The controller's own `abort` waits for workers that are starting. Their placement group outlives a controller
+        that is killed, and keeps them alive.
+        """
+        self.aborted = True
         if self.controller is None:
             return
-        try:
-            ray.get(self.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
-        except ray.exceptions.RayActorError:
-            pass  # its way to answer
-        except ray.exceptions.GetTimeoutError:
-            ray.kill(self.controller)
+        ray.kill(self.controller)
+        # The public table does not say who made a group.
+        for packed in global_state._connect_and_get_accessor().get_placement_group_table():
+            group = PlacementGroupTableData.FromString(packed)
+            if group.creator_actor_id == self.controller._actor_id.binary():
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
     def controller_placement(self) -> Any:
         """On the node of this process."""
         return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
+    def _create_default_callbacks(self) -> list[Any]:
+        # The watchdog that removes the placement group of a controller that died, as `abort` does: a detached actor,
+        # that nobody would end where Ray's state API is out of reach.
+        return [
+            callback
+            for callback in super()._create_default_callbacks()
+            if not isinstance(callback, PlacementGroupCleanerCallback)
+        ]
+
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         settings = {"env_vars": get_env_vars_to_propagate()}
         actor: Any = ray.remote(num_cpus=0, scheduling_strategy=self.controller_placement(), runtime_env=settings)
         self.controller = actor(self.controller_class).remote(**arguments)
+        if self.aborted:  # before there was one to end
+            self.abort()
         ray.get(self.controller.run.remote())
         return ray.get(self.controller.get_result.remote())
 
@@ -238,14 +256,6 @@ class TrialTorchTrainer(AbortableTorchTrainer):
     def controller_placement(self) -> Any:
         """In the trial's own bundle."""
         return PlacementGroupSchedulingStrategy(trial_placement_group(), placement_group_bundle_index=0)
-
-    def _create_default_callbacks(self) -> list[Any]:
-        # The watchdog, a detached actor that nobody would end where the state API is out of reach.
-        return [
-            callback
-            for callback in super()._create_default_callbacks()
-            if not isinstance(callback, PlacementGroupCleanerCallback)
-        ]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         return super()._initialize_and_run_controller(

@@ -3,6 +3,8 @@
 import time
 import uuid
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from ray_mnist.cli.lightning_arguments import check_kind, data_of, ends_otherwis
 from ray_mnist.config import OPTIONS, RunConfig, global_seed
 from ray_mnist.errors import RequestError
 from ray_mnist.launch.select import prepare
-from ray_mnist.run import report
+from ray_mnist.run import lock, report
 from ray_mnist.run.events import EpochEnded
 from ray_mnist.run.folder import RunFolder, local_file
 from ray_mnist.run.outcome import Evaluation, Outcome, TrainerState
@@ -100,9 +102,8 @@ class Trainer:
         check_kind(model, data)
         job = self._job("fit", model, data, self._name(model, data), ckpt_path, weights_only)
         folder = job.folder
-        self._check_name(folder, model)
-        saved_config = folder.read("config.yaml") if self.config.resume else None
-        with console.quiet(), prepare(job, self.config) as (where, launch):
+        with console.quiet(), self._own(folder, model), prepare(job, self.config) as (where, launch):
+            saved_config = folder.read("config.yaml") if self.config.resume else None
             self._write_config(folder, model, data)
             console.say(f"{report.dataset_name(data, model)} · {report.describe_model(model)} · {where}")
             console.say(f"run folder {folder}")
@@ -313,7 +314,14 @@ class Trainer:
             vars(item).update(attributes)
         vars(model).update(state.model)
 
-    def _check_name(self, folder: RunFolder, model: pl.LightningModule) -> None:
+    @contextmanager
+    def _own(self, folder: RunFolder, model: pl.LightningModule) -> Iterator[None]:
+        """Has the folder for this run alone, if it is one that the run may have."""
+        with lock.held(folder) as existed:
+            self._check_name(folder, model, existed)
+            yield
+
+    def _check_name(self, folder: RunFolder, model: pl.LightningModule, existed: bool) -> None:
         model_class = report.class_path(model)
         if self.config.resume and not folder.has("config.yaml"):
             raise RequestError(f"--resume: there is no run in {folder} to go on with.")
@@ -321,7 +329,7 @@ class Trainer:
             started_with = yaml.safe_load(folder.read("config.yaml"))["model"]["class_path"]
             if started_with.rpartition(".")[2] != model_class.rpartition(".")[2]:
                 raise RequestError(f"--resume: the run in {folder} was started with {started_with}, not {model_class}.")
-        if not self.config.resume and folder.exists():
+        if not self.config.resume and existed:
             raise RequestError(f"The run folder {folder} exists: give --resume to go on with it, or another --name.")
 
     def _write_config(self, folder: RunFolder, model: Any, data: dict[str, Any]) -> None:

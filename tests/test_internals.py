@@ -82,10 +82,13 @@ def test_ray_still_calls_what_is_overridden() -> None:
         for name in vars(each):
             if name.startswith("_") and not name.startswith("__"):
                 assert any(name in vars(base) for base in bases), f"Ray moved {name}, which {each.__name__} overrides"
-    for name in ("abort", "run", "get_result", "worker_group_cls"):
+    for name in ("run", "get_result", "worker_group_cls"):
         assert hasattr(ray_internals.TrainController, name), f"Ray moved TrainController.{name}"
     for name in ("get_out_file_path", "get_err_file_path"):
         assert hasattr(ray_internals.global_worker, name), f"Ray moved global_worker.{name}"
+    assert hasattr(ray_internals.global_state, "_connect_and_get_accessor")
+    assert hasattr(ray_internals.PlacementGroupTableData(), "creator_actor_id")
+    assert hasattr(ray_internals.ray.actor.ActorHandle, "_actor_id")
 
 
 class Logs(pl.LightningModule):

@@ -81,15 +81,17 @@ def test_a_bundle_is_not_spread_over_nodes(bundle: Bundle, expected: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("room", "bundle", "expected"),
+    ("node", "bundle", "expected"),
     [
-        (3, GPU_WORKER, "use --num-workers 3, or join a larger cluster with --address."),
-        (0, GPU_WORKER, "drop --use-gpu, or join a larger cluster with --address."),
-        (0, {"CPU": 1.0}, "add nodes, or join a larger cluster with --address."),
+        ({"CPU": 4.0, "GPU": 3.0}, GPU_WORKER, "use --num-workers 3, or join a larger cluster with --address."),
+        ({"CPU": 4.0}, GPU_WORKER, "drop --use-gpu, or join a larger cluster with --address."),
+        ({"CPU": 4.0}, GPU_WORKER | {"CPU": 8}, "drop --use-gpu, or join a larger cluster with --address."),
+        (SMALL, GPU_WORKER | {"CPU": 8}, "use fewer --cpus-per-worker, or join a larger cluster with --address."),
+        ({}, {"CPU": 1.0}, "add nodes, or join a larger cluster with --address."),
     ],
 )
-def test_the_way_out(room: int, bundle: Bundle, expected: str) -> None:
-    assert preflight.way_out(room, bundle) == expected
+def test_the_way_out(node: Bundle, bundle: Bundle, expected: str) -> None:
+    assert preflight.way_out(Cluster("h:1", [{"Resources": node}]), bundle) == expected
 
 
 @pytest.mark.parametrize(

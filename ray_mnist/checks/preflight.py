@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ray_mnist.errors import RequestError, one_line
@@ -83,7 +82,7 @@ def check_resources(num_workers: int, bundle: Bundle, wait_s: float, say: Callab
     has = f"the cluster at {cluster} has room for {room} of the {num_workers} workers"
     grows_on_demand = ray_internals.has_autoscaler()
     if room < num_workers and not grows_on_demand and not ray_internals.nodes_are_joining():
-        raise RequestError(f"{needs}; {has}: {way_out(room, bundle)}")
+        raise RequestError(f"{needs}; {has}: {way_out(cluster, bundle)}")
     group = placement_group([bundle] * num_workers)
     try:
         if not group.wait(2):
@@ -93,7 +92,7 @@ def check_resources(num_workers: int, bundle: Bundle, wait_s: float, say: Callab
             while not group.wait(1):
                 if room < num_workers and grows_on_demand and ray_internals.is_beyond_the_autoscaler(group):
                     raise RequestError(
-                        f"{needs}; {has}, and its autoscaler cannot add nodes enough: {way_out(room, bundle)}"
+                        f"{needs}; {has}, and its autoscaler cannot add nodes enough: {way_out(cluster, bundle)}"
                     )
                 if time.monotonic() > deadline:
                     raise RequestError(
@@ -117,11 +116,11 @@ def count(amount: float, name: str) -> str:
     return f"{amount:g} {name}" + ("" if amount == 1 else "s")
 
 
-def way_out(room: int, bundle: Bundle) -> str:
+def way_out(cluster: Cluster, bundle: Bundle) -> str:
     """What to do where there is not room enough."""
-    if room:
+    if room := cluster.room_for(bundle):
         fewer = f"use --num-workers {room}"
-    elif bundle["CPU"] > 1:
+    elif cluster.room_for(bundle | {"CPU": 1}):
         fewer = "use fewer --cpus-per-worker"
     else:
         fewer = "drop --use-gpu" if "GPU" in bundle else "add nodes"
@@ -235,13 +234,9 @@ def _answer(answer: Any, deadline: float) -> str | None:
 def _probe(folder: RunFolder) -> Iterator[RunFolder]:
     """A folder beside the run folder, for the time of the `with`; what had to be made for it goes too."""
     probe = RunFolder(folder.storage_path, f".probe-{uuid.uuid4().hex}")
-    parents = Path(folder.path).parents if folder.is_local else []
-    made = [path for path in parents if not path.exists()]
-    try:
-        yield probe
-    finally:
-        with suppress(OSError):
-            probe.remove()
-        for path in made:
-            with suppress(OSError):  # another run may have begun to use it
-                path.rmdir()
+    with probe.empty_ones_removed():
+        try:
+            yield probe
+        finally:
+            with suppress(OSError):
+                probe.remove()

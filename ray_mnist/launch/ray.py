@@ -46,6 +46,9 @@ RAY_TRAIN_SETTINGS = {
 }
 
 
+STOP_S = 30  # for what Ctrl-C ends in a cluster that goes on
+
+
 def process_group_backend(use_gpu: bool) -> str:
     """Gradients on GPUs go over NCCL, and objects over the CPU: NCCL would take each of them through the GPU."""
     return "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
@@ -192,7 +195,7 @@ def launch(
         )
         forget_snapshot(job.folder)
         try:
-            outcome: Outcome | Evaluation = in_thread(trainer.fit).return_value
+            outcome: Outcome | Evaluation = in_thread(trainer.fit, trainer.abort).return_value
         except ray.train.ControllerError as error:
             failure = error.controller_failure
             known = isinstance(failure, RequestError | TrainingError)
@@ -200,6 +203,7 @@ def launch(
         except ray.train.WorkerGroupError as error:
             raise describe_all(error.worker_failures) from None
         except (ray.train.TrainingFailedError, RayError) as error:
+            trainer.abort()  # the controller may have died
             raise TrainingError(one_line(error)[:300], str(error)) from None
         return outcome
 
@@ -214,24 +218,29 @@ def forget_snapshot(folder: RunFolder) -> None:
         folder.fs.delete_file(folder.at(SNAPSHOT))
 
 
-def in_thread(call: Callable[[], Any]) -> Any:
-    """What `call` returns or raises, while Ctrl-C stays with this thread.
+def in_thread(call: Callable[[], Any], stop: Callable[[], None]) -> Any:
+    """What `call` returns or raises, while Ctrl-C stays with this thread: it has `stop` end the call.
 
     In the main thread Ray Train would take Ctrl-C for itself and answer it once its controller is free, which can
-    take longer than people wait; ended by `connection.connect`, everything goes at once.
+    take longer than people wait.
     """
     outcome: dict[str, Any] = {}
+    ended = threading.Event()  # Python takes a thread for ended whose `join` was interrupted
 
     def run_call() -> None:
         try:
             outcome["returned"] = call()
         except BaseException as error:
             outcome["raised"] = error
+        ended.set()
 
-    thread = threading.Thread(target=run_call, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
+    threading.Thread(target=run_call, daemon=True).start()
+    try:
+        ended.wait()
+    except KeyboardInterrupt:
+        stop()
+        ended.wait(STOP_S)
+        raise
     if "raised" in outcome:
         raise outcome["raised"]
     return outcome["returned"]

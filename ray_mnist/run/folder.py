@@ -75,14 +75,39 @@ class RunFolder:
         """Writes `file` whole or not at all: a kill in between leaves what was there."""
         self.fs.create_dir(posixpath.dirname(self.at(file)))
         aside = self.at(f".{uuid.uuid4().hex}") if self.is_local else self.at(file)
-        with self.fs.open_output_stream(aside) as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
-        if self.is_local:
-            os.replace(aside, self.at(file))
+        try:
+            with self.fs.open_output_stream(aside) as stream:
+                stream.write(content.encode() if isinstance(content, str) else content)
+            if self.is_local:
+                os.replace(aside, self.at(file))
+        except OSError:
+            if self.is_local:
+                Path(aside).unlink(missing_ok=True)
+            raise
 
     def remove(self) -> None:
         """Deletes the whole folder."""
         self.fs.delete_dir(self.path)
+
+    @contextmanager
+    def empty_ones_removed(self) -> Iterator[None]:
+        """At the end of the `with`, the folder and those above it are gone again if they were not there and are empty.
+
+        In an object store only the folder itself is: those above are no more than how names begin.
+        """
+        there = self.exists()
+        places = [Path(self.path), *Path(self.path).parents] if self.is_local else []
+        made = [path for path in places if not path.exists()]
+        try:
+            yield
+        finally:
+            for path in made:
+                with suppress(OSError):  # it is not empty
+                    path.rmdir()
+            if not self.is_local and not there:
+                with suppress(OSError):  # it has been removed
+                    if not self.fs.get_file_info(pyarrow.fs.FileSelector(self.path)):
+                        self.remove()
 
     def checkpoints(self) -> list[str]:
         """The names of the complete checkpoints, newest first."""

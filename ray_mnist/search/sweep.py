@@ -19,13 +19,13 @@ from ray_mnist.data import MNISTDataModule
 from ray_mnist.errors import RequestError, one_line
 from ray_mnist.launch.connection import connect, environment, this_folder
 from ray_mnist.launch.ray import bundle, in_thread, with_cpus
-from ray_mnist.run import report
+from ray_mnist.run import lock, report
 from ray_mnist.run.folder import RunFolder, checkpoint_name
 from ray_mnist.run.records import read_metrics, to_json
 from ray_mnist.search import space
 from ray_mnist.search.results import STOPPED_EARLY, SweepResult, TrialRow, reason, trials_csv, winner_of
 from ray_mnist.search.table import Table, on_terminal
-from ray_mnist.search.trial import Build, Plan, Trial, bundles, test_winner
+from ray_mnist.search.trial import Build, Interrupted, Plan, Trial, bundles, test_winner
 from ray_mnist.worker import Job
 
 TUNE_SETTINGS = {
@@ -128,29 +128,33 @@ class Sweep:
             stamp = time.strftime("%Y%m%d-%H%M%S")
             name = self.config.name or f"sweep-{self.dataset}-{self.model_name}-{stamp}"
             folder = RunFolder(self.config.storage_path, name)
-            self._check_name(folder)
-            preflight.check_storage(folder, preflight.PROBE_BYTES)
-            job = Job("fit", model, {"datamodule": datamodule}, folder.storage_path, name, 0, lightning=self.lightning)
-            workers = max(1, self.config.num_workers)
-            cpus = workers * (self.config.cpus_per_worker or 1)
-            at_once = self.sweep.max_concurrent or max(1, (os.cpu_count() or 1) // cpus)
-            # The trial itself may take one more.
-            with environment(TUNE_SETTINGS), connect(self.config, job, at_once * (cpus + (workers > 1))):
-                self.placed = with_cpus(self.config, preflight.Cluster.current())
-                worker = bundle(self.placed)
-                needs = bundles(workers, worker)
-                cluster = preflight.check_resources(workers, worker, preflight.WAIT_FOR_NODES_S, console.say)
-                preflight.check_shared_storage(folder, cluster)
-                searched = ", ".join(self.domains)
-                console.say(f"sweep over {searched} of {report.describe_model(model)} on {self.dataset}")
-                console.say(f"{workers} worker{'s' * (workers > 1)} a trial, Ray {cluster}; sweep folder {folder}")
-                try:
-                    with on_terminal():
-                        grid = in_thread(self._tuner(folder, needs).fit)
-                except KeyboardInterrupt:
-                    raise KeyboardInterrupt(f"go on with --resume --name {name}") from None
-                begun = [result for result in grid if result.error or result.config]  # before the time was up
-                return self._hand_over(folder, [self._row(folder, result) for result in begun], started)
+            with lock.held(folder) as existed:
+                self._check_name(folder, existed)
+                preflight.check_storage(folder, preflight.PROBE_BYTES)
+                return self._search(folder, model, datamodule, started)
+
+    def _search(self, folder: RunFolder, model: Any, datamodule: Any, started: float) -> SweepResult:
+        data, name = {"datamodule": datamodule}, folder.name
+        job = Job("fit", model, data, folder.storage_path, name, 0, lightning=self.lightning)
+        workers = max(1, self.config.num_workers)
+        cpus = workers * (self.config.cpus_per_worker or 1)
+        at_once = self.sweep.max_concurrent or max(1, (os.cpu_count() or 1) // cpus)
+        # The trial itself may take one more.
+        with environment(TUNE_SETTINGS), connect(self.config, job, at_once * (cpus + (workers > 1))):
+            self.placed = with_cpus(self.config, preflight.Cluster.current())
+            worker = bundle(self.placed)
+            cluster = preflight.check_resources(workers, worker, preflight.WAIT_FOR_NODES_S, console.say)
+            preflight.check_shared_storage(folder, cluster)
+            console.say(f"sweep over {', '.join(self.domains)} of {report.describe_model(model)} on {self.dataset}")
+            console.say(f"{workers} worker{'s' * (workers > 1)} a trial, Ray {cluster}; sweep folder {folder}")
+            Interrupted.told.clear()
+            try:
+                with on_terminal():
+                    grid = in_thread(self._tuner(folder, bundles(workers, worker)).fit, Interrupted.told.set)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"go on with --resume --name {name}") from None
+            begun = [result for result in grid if result.error or result.config]  # before the time was up
+            return self._hand_over(folder, [self._row(folder, result) for result in begun], started)
 
     def _try_out(self) -> tuple[pl.LightningModule, pl.LightningDataModule]:
         """Makes model and data at every end of the space, so that what cannot be made is found before any trial."""
@@ -174,10 +178,10 @@ class Sweep:
             sizes[files] = datamodule.check(world_size, sizes.get(files))
         return made[0]
 
-    def _check_name(self, folder: RunFolder) -> None:
+    def _check_name(self, folder: RunFolder, existed: bool) -> None:
         if self.config.resume and not folder.has("config.yaml"):
             raise RequestError(f"--resume: there is no sweep in {folder} to go on with.")
-        if not self.config.resume and folder.exists():
+        if not self.config.resume and existed:
             raise RequestError(f"The sweep folder {folder} exists: give --resume to go on with it, or another --name.")
 
     def _tuner(self, folder: RunFolder, needs: list[dict[str, float]]) -> ray.tune.Tuner:
@@ -207,7 +211,7 @@ class Sweep:
                 name="tune",
                 storage_path=place,
                 verbose=0,
-                callbacks=[Table(self.sweep.metric, self.config.max_epochs)],
+                callbacks=[Table(self.sweep.metric, self.config.max_epochs), Interrupted()],
                 failure_config=ray.tune.FailureConfig(max_failures=0),
             ),
         )

@@ -69,6 +69,20 @@ class Stopped(Exception):
     """The trial is to end here."""
 
 
+class Interrupted(tune.Callback):
+    """Ends Tune's loop, and with it the trials, which a resumed sweep goes on with.
+
+    It is told by the class: Ray Tune makes the callbacks of a resumed sweep itself.
+    """
+
+    told = threading.Event()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Looks whether it was told."""
+        if self.told.is_set():
+            raise Stopped
+
+
 class StopWhenTold(pl.Callback):
     """Ends a training at its next batch."""
 

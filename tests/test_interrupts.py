@@ -1,0 +1,76 @@
+"""Ctrl-C ends what was started in a cluster that goes on, and leaves the folder to whoever resumes."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray._private.state
+from conftest import wait_until
+
+from ray_mnist import MNISTDataModule, SimpleModel, Trainer, tune
+from ray_mnist.run.folder import RunFolder
+from ray_mnist.run.lock import CLAIM
+
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.timeout(240)]
+
+
+def placement_groups() -> list[dict[str, Any]]:
+    return [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+def actors() -> set[str]:
+    """The classes of those that are alive, but for Ray's own that stay as long as the cluster."""
+    alive = [actor for actor in ray._private.state.actors().values() if actor["State"] != "DEAD"]
+    return {actor["ActorClassName"] for actor in alive} - {"TrainStateActor", "_AutoscalingCoordinatorActor"}
+
+
+@contextmanager
+def ctrl_c_once(condition: Callable[[], bool]) -> Iterator[None]:
+    """A person who presses it once the condition holds; nothing is left of what runs in the `with`."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` would have it be ignored
+    pressed = threading.Event()
+
+    def press() -> None:
+        wait_until(condition, 120, "the time for Ctrl-C")
+        pressed.set()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    person = threading.Thread(target=press, daemon=True)
+    person.start()
+    try:
+        with pytest.raises(KeyboardInterrupt, match="go on with"):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert pressed.is_set()
+    assert placement_groups() == []
+    wait_until(lambda: not actors(), 10, "the processes to end")
+
+
+@pytest.mark.parametrize("when", ["starting", "training"])
+def test_a_run_ends_in_a_cluster_that_goes_on(when: str, tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "run")
+    trainer = Trainer(num_workers=2, max_epochs=1000, storage_path=str(tmp_path), name="run")
+    condition = {"starting": lambda: bool(placement_groups()), "training": lambda: bool(folder.checkpoints())}[when]
+    with ctrl_c_once(condition):
+        trainer.fit(SimpleModel(), MNISTDataModule("digits"))
+    assert ray.is_initialized()
+    assert not list(tmp_path.glob(f"run/{CLAIM}*"))
+
+
+def test_a_sweep_ends_in_a_cluster_that_goes_on_and_resumes(tmp_path: Path) -> None:
+    def sweep(max_epochs: int, **options: Any) -> Any:
+        space = {"model.lr": [0.01, 0.02]}
+        data = {"dataset": "digits"}
+        names = {"storage_path": str(tmp_path), "name": "sweep", "search": "grid", "scheduler": "fifo"}
+        return tune(SimpleModel, MNISTDataModule, space, data=data, max_epochs=max_epochs, **names, **options)
+
+    with ctrl_c_once(lambda: len(list(tmp_path.glob("sweep/trials/*/metrics.csv"))) == 2):
+        sweep(max_epochs=1000)
+    assert not list(tmp_path.glob(f"sweep/{CLAIM}*"))
