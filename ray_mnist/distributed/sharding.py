@@ -19,7 +19,7 @@ import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
-from ray_mnist.distributed.agreement import digest, watching_for_the_rank
+from ray_mnist.distributed.inspection import digest, watching_for_the_rank
 from ray_mnist.distributed.orders import draw_order, draws_at_once
 from ray_mnist.errors import RequestError
 

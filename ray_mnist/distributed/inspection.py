@@ -1,4 +1,4 @@
-"""Whether the ranks draw the same, as they must to take their shards of it, and who shares a stream out."""
+"""Looks at what the ranks draw: whether it is the same on all of them, and who asks for a rank to share a stream out."""
 
 import os
 import pickle
