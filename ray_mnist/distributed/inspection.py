@@ -1,4 +1,4 @@
-"""Looks at what the ranks draw: whether it is the same on all of them, and who asks for a rank to share a stream out."""
+"""Looks at what the ranks draw: whether it is the same on all of them, and whether a stream asked for its rank."""
 
 import os
 import pickle
