@@ -3,12 +3,14 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import ray
 import ray._private.state
 from conftest import wait_until
@@ -64,13 +66,28 @@ def test_a_run_ends_in_a_cluster_that_goes_on(when: str, tmp_path: Path) -> None
     assert not list(tmp_path.glob(f"run/{CLAIM}*"))
 
 
+class WaitForResume(pl.Callback):
+    """Stays at the first epoch's end for as long as there is no such file."""
+
+    def __init__(self, resumed: Path) -> None:
+        self.resumed = resumed
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        while trainer.current_epoch == 1 and not self.resumed.exists():
+            time.sleep(0.05)
+
+
 def test_a_sweep_ends_in_a_cluster_that_goes_on_and_resumes(tmp_path: Path) -> None:
-    def sweep(max_epochs: int, **options: Any) -> Any:
-        space = {"model.lr": [0.01, 0.02]}
-        data = {"dataset": "digits"}
-        names = {"storage_path": str(tmp_path), "name": "sweep", "search": "grid", "scheduler": "fifo"}
-        return tune(SimpleModel, MNISTDataModule, space, data=data, max_epochs=max_epochs, **names, **options)
+    def sweep(**options: Any) -> Any:
+        names = {"storage_path": str(tmp_path), "name": "sweep", "search": "grid", "scheduler": "fifo", "max_epochs": 2}
+        callbacks = [WaitForResume(tmp_path / "resumed")]
+        space, data = {"model.lr": [0.01, 0.02]}, {"dataset": "digits"}
+        return tune(SimpleModel, MNISTDataModule, space, data=data, callbacks=callbacks, **names, **options)
 
     with ctrl_c_once(lambda: len(list(tmp_path.glob("sweep/trials/*/metrics.csv"))) == 2):
-        sweep(max_epochs=1000)
+        sweep()
     assert not list(tmp_path.glob(f"sweep/{CLAIM}*"))
+    (tmp_path / "resumed").touch()
+    result = sweep(resume=True)
+    assert [row.status for row in result.trials] == ["done", "done"]
+    assert [[row["epoch"] for row in trial.history] for trial in result.trials] == [[1, 2], [1, 2]]
