@@ -2,17 +2,21 @@
 
 import sys
 
-import pytorch_lightning as pl
+from ray_mnist.cli import console, early
 
-from ray_mnist.cli import console
-from ray_mnist.cli.parser import instantiate, make_parser, parse, plain
-from ray_mnist.config import OPTIONS
-from ray_mnist.trainer import Trainer
+DESCRIPTION = "Train and test a model, here, on a Ray cluster or on a TPU."
 
 
 def train() -> None:
     """Parses the command line, trains, tests, and names the test accuracy and the run folder."""
-    parser = make_parser("train", "Train and test a model, here, on a Ray cluster or on a TPU.")
+    early.answer(DESCRIPTION, sys.argv[1:])
+    import pytorch_lightning as pl
+
+    from ray_mnist.cli.parser import instantiate, make_parser, parse, plain
+    from ray_mnist.config import OPTIONS
+    from ray_mnist.trainer import Trainer
+
+    parser = make_parser("train", DESCRIPTION)
     config = parse(parser)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model, datamodule = instantiate(parser, config)

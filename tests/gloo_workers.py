@@ -49,13 +49,14 @@ class GlooContext(launch.RayContext):
 def on_gloo(job: Job, config: RunConfig) -> Iterator[tuple[str, Any]]:
     """In place of `select.on_ray`."""
     select.check_serializable_job(job)
-    yield f"{config.num_workers} workers over gloo", lambda tell: run(job, config.num_workers, tell)
+    yield f"{config.num_workers} workers over gloo", lambda tell: run(job, config, tell)
 
 
-def run(job: Job, num_workers: int, tell: Tell) -> Outcome | Evaluation:
+def run(job: Job, config: RunConfig, tell: Tell) -> Outcome | Evaluation:
     """Does the job, without second tries; errors are those of `launch.ray.launch`."""
-    config = {"job": cloudpickle.dumps(job), "use_gpu": False, "threads": 1, "folder": this_folder()}
-    packed = cloudpickle.dumps(config | {"root_logger": root_logger()})
+    num_workers, threads = config.num_workers, config.cpus_per_worker or 1
+    settings = {"job": cloudpickle.dumps(job), "use_gpu": False, "threads": threads, "folder": this_folder()}
+    packed = cloudpickle.dumps(settings | {"root_logger": root_logger()})
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     meet |= {"WORLD_SIZE": str(num_workers), "LOCAL_WORLD_SIZE": str(num_workers)}

@@ -1,6 +1,7 @@
 """What a person can type: every option works, and whatever is wrong is one sentence, status 2 and nothing left."""
 
 import dataclasses
+import inspect
 import json
 import os
 import socket
@@ -18,8 +19,9 @@ import torch
 import yaml
 from conftest import wait_until
 
+import ray_mnist
 from ray_mnist import train
-from ray_mnist.cli import console, parser
+from ray_mnist.cli import console, early, parser
 from ray_mnist.config import RunConfig, flag
 from ray_mnist.data import download
 from ray_mnist.data.sources import MNIST_FILES
@@ -262,6 +264,60 @@ def test_help_lists_every_option(run: Run, capsys: pytest.CaptureFixture[str]) -
     assert end.value.code == 0
     assert [option for option in [*options, "--config", *parser.SHORT] if option not in words] == []
     assert len(options) == 13
+
+
+@pytest.mark.parametrize("name", early.OURS)
+def test_what_is_known_of_our_classes_before_they_are_imported_is_true(name: str) -> None:
+    taken = inspect.signature(getattr(ray_mnist, name)).parameters
+    assert [*inspect.signature(early.OURS[name]).parameters.values()] == [*taken.values()]
+
+
+PRINTED = {
+    "nothing": [],
+    "run options": ["--num-workers", "2", "--use-gpu", "--name=x"],
+    "another of our classes": ["--lr", "0.5", "--model", "ConvModel", "--model.init_args.num_classes=20"],
+    "its path": ["--model=ray_mnist.ConvModel", "--data", "MNISTDataModule", "--model.input_shape", "[3, 8, 8]"],
+    "a module's": ["--model", "ray_mnist.models.SimpleModel", *DIGITS],
+    "only what differs": ["--seed", "3", "--print_config=skip_default"],
+    "a class of another's": ["--model", "pytorch_lightning.demos.boring_classes.BoringModel"],
+    "a file": ["--config", "config.yaml"],
+}
+
+
+@pytest.mark.parametrize("arguments", PRINTED.values(), ids=PRINTED)
+def test_a_configuration_is_the_same_before_and_after_all_is_imported(
+    run: Run, parse: Any, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 5\nmodel: {class_path: ConvModel}\n")
+    printed = []
+    for ask in (run, parse):
+        with pytest.raises(SystemExit) as end:
+            ask(*arguments, *(() if "--print_config=skip_default" in arguments else ("--print_config",)))
+        assert end.value.code == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--print_config"],
+        ["--print_config", "--lr", "0.5", "--model", "ConvModel"],
+        ["--num-workers", "-1"],
+        ["--seed", "x"],
+        ["--nope"],
+        ["--resume", "--lr", "0.5"],
+    ],
+)
+def test_what_needs_no_training_does_not_wait_for_torch_and_lightning(arguments: list[str]) -> None:
+    program = "import sys; from ray_mnist import train; from ray_mnist.cli import console\n"
+    program += "try: console.exit_status(train.train)\nexcept SystemExit: pass\n"
+    program += "print([name for name in ('torch', 'pytorch_lightning', 'ray') if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_print_config_is_taken_back(parse: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,7 +161,7 @@ def test_of_several_failures_the_one_that_caused_the_others_is_named() -> None:
 
 def test_a_failure_is_written_down_and_only_a_bug_ends_the_run(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path), "run")
-    failures = Failures(folder, max_failures=1)
+    failures = Failures(folder, max_failures=1, send=list)
     failures.after_exception(None, {0: raised(RuntimeError(ECC))})
     with pytest.raises(TrainingError, match=r"worker 1: KeyError: 'batch'"):
         failures.after_exception(None, {1: error_of(BUGS["key"])})
@@ -172,5 +172,5 @@ def test_a_failure_is_written_down_and_only_a_bug_ends_the_run(tmp_path: Path) -
 
 
 def test_storage_that_fails_when_a_failure_is_to_be_written_down_is_no_reason_to_end_the_run() -> None:
-    failures = Failures(RunFolder("/proc/runs", "run"), max_failures=1)
+    failures = Failures(RunFolder("/proc/runs", "run"), max_failures=1, send=list)
     failures.after_exception(None, {0: raised(OSError(errno.ENOSPC, "No space left on device"))})

@@ -1,6 +1,6 @@
 """What a launch on Ray asks of the cluster, and gives its workers: seen without one."""
 
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_mnist import RequestError, SimpleModel, Trainer
+from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
 from ray_mnist.checks.preflight import Cluster
 from ray_mnist.config import RunConfig
 from ray_mnist.launch import ray as on_ray
@@ -23,13 +23,6 @@ def job(tmp_path: Path) -> Job:
     return Job("fit", SimpleModel(), {}, str(tmp_path), "run", seed=0)
 
 
-@pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -39,7 +32,7 @@ def threads_as_before() -> Iterator[None]:
         ({"use_gpu": True, "cpus_per_worker": 2}, {"CPU": 2, "GPU": 1}),
     ],
 )
-def test_a_worker_reserves_its_cpus_and_computes_on_as_many_threads(
+def test_a_worker_reserves_its_cpus(
     options: dict[str, Any], expected: dict[str, float], job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, Any] = {}
@@ -51,14 +44,34 @@ def test_a_worker_reserves_its_cpus_and_computes_on_as_many_threads(
         def fit(self) -> Any:
             return SimpleNamespace(return_value=None)
 
+        def abort(self) -> None:
+            """Never called: nobody interrupts."""
+
+    monkeypatch.setattr(on_ray, "over_ray", nullcontext)
     config = on_ray.with_cpus(RunConfig(num_workers=2, **options), Cluster("h:1", NODES))
-    on_ray.launch(job, config, FakeTrainer)  # type: ignore[arg-type]
+    on_ray.launch(job, config, print, FakeTrainer)  # type: ignore[arg-type]
     assert given["scaling_config"].resources_per_worker == expected
+    assert given["train_loop_config"]["threads"] == expected["CPU"]
     assert bundles(2, on_ray.bundle(config))[1:] == [expected, expected]
 
-    monkeypatch.setattr(on_ray, "RayContext", lambda *_: None)
-    monkeypatch.setattr(on_ray, "run_and_collect", lambda *_: torch.get_num_threads())
-    assert on_ray.train_function(given["train_loop_config"]) == expected["CPU"]
+
+class CountsThreads(SimpleModel):
+    """Sees how many threads it computes on."""
+
+    threads = 0
+
+    def on_train_start(self) -> None:
+        self.threads = torch.get_num_threads()
+
+
+@pytest.mark.parametrize(("options", "threads"), [({}, 1), ({"cpus_per_worker": 3}, 3)])
+def test_a_worker_computes_on_as_many_threads_as_it_has_cpus(
+    options: dict[str, int], threads: int, gloo: None, tmp_path: Path
+) -> None:
+    model = CountsThreads()
+    trainer = Trainer(max_epochs=1, num_workers=2, storage_path=str(tmp_path), name="run", **options)
+    trainer.fit(model, MNISTDataModule("digits"))
+    assert model.threads == threads
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])

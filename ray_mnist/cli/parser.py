@@ -7,20 +7,21 @@ from contextlib import suppress
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from pytorch_lightning import LightningDataModule, LightningModule
 
 from ray_mnist.config import OPTIONS, RunConfig, flag
-from ray_mnist.data import MNISTDataModule
 from ray_mnist.errors import RequestError, one_line
-from ray_mnist.models import SimpleModel
 from ray_mnist.run.folder import RunFolder
 
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningDataModule, LightningModule
+
 UNKNOWN_CLASS = "neither one of ours (SimpleModel, ConvModel, MNISTDataModule) nor a pkg.module.Class"
-DEFAULT_CLASSES = {"model": SimpleModel.__name__, "data": MNISTDataModule.__name__}
+DEFAULT_CLASSES = {"model": "SimpleModel", "data": "MNISTDataModule"}
+BASES = {"model": "LightningModule", "data": "LightningDataModule"}
 SHORT = {"--lr": "--model.lr", "--batch-size": "--data.batch_size", "--dataset": "--data.dataset"}
 
 
@@ -56,8 +57,8 @@ def sentence(message: str) -> str:
     return re.sub(r"<class '(\w+)'>", r"\1", line)
 
 
-def make_parser(module: str, description: str, short: bool = True) -> Parser:
-    """The options of a run, `--config`, `--model` and `--data`, and of `short` ones what they are short for."""
+def make_options(module: str, description: str, short: bool = True) -> Parser:
+    """The options of a run and `--config`, and of `short` ones what they are short for."""
     parser = Parser(
         prog=f"python -m ray_mnist.{module}",
         description=description,
@@ -70,10 +71,25 @@ def make_parser(module: str, description: str, short: bool = True) -> Parser:
             parser.add_argument(flag(option.name), action="store_true", help=help_text)
         else:
             parser.add_argument(flag(option.name), type=option.type, default=option.default, help=help_text)
-    for name, base in (("model", LightningModule), ("data", LightningDataModule)):
-        help_text = f"{base.__name__}: ours or pkg.module.Class (default: {DEFAULT_CLASSES[name]})"
-        parser.add_subclass_arguments(base, name, required=True, help=help_text)
     return parser
+
+
+def make_parser(module: str, description: str, short: bool = True) -> Parser:
+    """The options of a run, and `--model` and `--data` with the arguments of the classes that they name."""
+    import pytorch_lightning as pl
+
+    import ray_mnist.data
+    import ray_mnist.models  # noqa: F401  (whose classes may then be named without their modules)
+
+    parser = make_options(module, description, short)
+    for part, base in BASES.items():
+        parser.add_subclass_arguments(getattr(pl, base), part, required=True, help=describe_class(part))
+    return parser
+
+
+def describe_class(part: str) -> str:
+    """The help of `--model` or `--data`."""
+    return f"{BASES[part]}: ours or pkg.module.Class (default: {DEFAULT_CLASSES[part]})"
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
@@ -119,7 +135,7 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None, short: bool = 
     return config
 
 
-def instantiate(parser: Parser, config: Namespace) -> tuple[LightningModule, LightningDataModule]:
+def instantiate(parser: Parser, config: Namespace) -> "tuple[LightningModule, LightningDataModule]":
     """The model and the data module; a model left at the shape of MNIST is sized to the data, in `config` too.
 
     Raises:

@@ -1,0 +1,100 @@
+"""Answers at once what needs neither torch nor Lightning, which take seconds to import.
+
+That is `--help`, run options that are refused, and `--print_config` of our own classes. All else is for `parser.parse`.
+"""
+
+import re
+from argparse import SUPPRESS
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Literal
+
+from ray_mnist.cli.parser import DEFAULT_CLASSES, describe_class, expand, make_options, name_classes
+from ray_mnist.config import OPTIONS, RunConfig
+from ray_mnist.errors import RequestError
+
+Shape = tuple[int, int, int]
+Schedule = Literal["constant", "cosine", "one-cycle"]
+
+
+# What our classes take: a test compares.
+
+
+def simple_model(
+    lr: float = 1e-3, schedule: Schedule = "constant", input_shape: Shape = (1, 28, 28), num_classes: int = 10
+) -> None:
+    """SimpleModel's arguments."""
+
+
+def conv_model(
+    lr: float = 2e-3, schedule: Schedule = "one-cycle", input_shape: Shape = (1, 28, 28), num_classes: int = 10
+) -> None:
+    """ConvModel's arguments."""
+
+
+def mnist_data_module(
+    dataset: str = "mnist",
+    data_dir: str = "data",
+    batch_size: int = 64,
+    num_workers: int = 0,
+    seed: int | None = None,
+    mirror: str | None = None,
+) -> None:
+    """MNISTDataModule's arguments."""
+
+
+OURS: dict[str, Callable[..., None]] = {
+    "SimpleModel": simple_model,
+    "ConvModel": conv_model,
+    "MNISTDataModule": mnist_data_module,
+}
+
+
+def answer(description: str, arguments: Sequence[str]) -> None:
+    """Ends the program with the help or the configuration; comes back where more than that is asked for.
+
+    Raises:
+        RequestError: a run option is unknown or has a value that it cannot have.
+    """
+    parser = make_options("train", description)
+    if {"-h", "--help"} & set(arguments):
+        for part in DEFAULT_CLASSES:
+            for option, value, text in (
+                (part, "CLASS", describe_class(part)),
+                (f"{part}.ARG", "VALUE", "an argument of that class"),
+                (f"{part}.help", "CLASS", "show the arguments of a class and exit"),
+            ):
+                parser.add_argument(f"--{option}", metavar=value, help=text, default=SUPPRESS)
+        parser.parse_args(["--help"])
+    arguments = expand(arguments)
+    options = parser.parse_args(without(r"(model|data)(\..*?)?|config|print_config", arguments))
+    if "--config" in {argument.partition("=")[0] for argument in arguments}:
+        return
+    RunConfig(**{name: options[name] for name in OPTIONS})
+    if "--print_config" in arguments and not options.resume:
+        print_config(arguments)
+
+
+def without(options: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments but for those of these options, a regular expression, and their values."""
+    found, wanted = [], True
+    for argument in arguments:
+        if argument.startswith("--"):
+            wanted = not re.match(rf"--({options})(=|$)", argument)
+        found += [argument] if wanted else []
+    return found
+
+
+def print_config(arguments: Sequence[str]) -> None:
+    """Ends the program with the configuration; comes back where classes are not ours or an argument is wrong."""
+    named = [argument.partition("=") for argument in name_classes(arguments)[: len(DEFAULT_CLASSES)]]
+    classes = {option.removeprefix("--"): name.rpartition("ray_mnist.")[2] for option, _, name in named}
+    if not set(classes.values()) <= set(OURS):
+        return
+    parser = make_options("train", "")
+    for part, name in classes.items():
+        parser.add_argument(f"--{part}.class_path", default=f"ray_mnist.{name}")
+        parser.add_function_arguments(OURS[name], f"{part}.init_args")
+    of_class = re.compile(r"--(model|data)\.(?!init_args\.)")
+    with suppress(RequestError):
+        parser.parse_args([of_class.sub(r"--\1.init_args.", each) for each in without("model|data", arguments)])
