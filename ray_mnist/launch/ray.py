@@ -44,8 +44,6 @@ RAY_TRAIN_SETTINGS = {
     # How often Ray looks whether the workers are done or dead: 2 s would be added to every run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
-
-
 STOP_S = 30  # for what Ctrl-C ends in a cluster that goes on
 
 
@@ -237,7 +235,7 @@ def in_thread(call: Callable[[], Any], stop: Callable[[], None]) -> Any:
     threading.Thread(target=run_call, daemon=True).start()
     try:
         ended.wait()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ray has SIGTERM raise the latter
         stop()
         ended.wait(STOP_S)
         raise
