@@ -272,7 +272,7 @@ def test_a_core_that_fails_ends_the_others(train: Callable[..., Run], tmp_path: 
     assert error == "error: training failed: core 1: ValueError: broken on purpose"
     assert done.stdout.count("printed on core") == done.stdout.count("printed on core 0\n") == 1
     (logs,) = re.findall("What the cores printed is in (.+) on .+", where)
-    assert Path(logs, "core-1.log").read_text() == "printed on core 1\n"
+    assert Path(logs, "core-1.log").read_text().endswith("printed on core 1\n")  # after what gloo says
 
 
 def test_cores_do_not_outlive_a_killed_driver(tmp_path: Path) -> None:
