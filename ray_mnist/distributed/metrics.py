@@ -16,15 +16,13 @@ from ray_mnist.distributed.loaders import LossWeighting
 from ray_mnist.lightning_internals import MetricPart
 
 
-class MetricSync(pl.Callback):
+class MetricSync(LossWeighting):
     """Has the trainer bring the workers' metrics together: where an epoch ends, and at each step that somebody reads.
 
-    Args:
-        weighting: knows how much this worker's shard of a training batch weighs.
+    A metric counts by the weight of the shard, as the loss does: Lightning calls one callback for both, not two.
     """
 
-    def __init__(self, weighting: LossWeighting) -> None:
-        self.weighting = weighting
+    def __init__(self) -> None:
         # The metrics' states before a shard that weighs nothing.
         self.before: dict[int, dict[str, Any]] = {}
 
@@ -32,7 +30,7 @@ class MetricSync(pl.Callback):
         """Comes between the trainer, of several workers, and its metrics."""
 
         def batch_ended() -> None:
-            if self.weighting.weight == 0:
+            if self.weight == 0:
                 lightning_internals.restore_metric_states(trainer, self.before)
             if lightning_internals.loggers_want_this_step(trainer) or rate_follows_steps(trainer):
                 sync_step_metrics(trainer)
@@ -42,17 +40,18 @@ class MetricSync(pl.Callback):
             sync_epoch_metrics(trainer)
 
         def sync(value: Tensor, group: Any = None, reduce_op: str = "mean") -> Tensor:
-            mine = shard_contribution(reduce_op, value, self.weighting.weight)
+            mine = shard_contribution(reduce_op, value, self.weight)
             reduced: Tensor = trainer.strategy.reduce(mine, group=group, reduce_op=reduce_op)
             return reduced
 
-        lightning_internals.hook_into_metrics(
-            trainer, batch_ended, epoch_ended, sync, weight=lambda: self.weighting.weight
-        )
+        lightning_internals.hook_into_metrics(trainer, batch_ended, epoch_ended, sync, weight=lambda: self.weight)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Keeps the metrics as they are where the shard to come is only there to keep the workers in step."""
-        if self.weighting.weight == 0:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.weight == 0:
             self.before = lightning_internals.metric_states(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
