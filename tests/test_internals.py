@@ -14,10 +14,13 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
+from pytorch_lightning.profilers import PassThroughProfiler, SimpleProfiler
 from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultMetric
 from torch.utils.data import DataLoader, TensorDataset
 
+from ray_mnist.launch.local import LocalContext
 from ray_mnist.lightning_internals import spare_each_step
+from ray_mnist.worker import Job, make_trainer
 
 PACKAGE = Path(__file__).parents[1] / "ray_mnist"
 INTERNALS = ("ray_internals.py", "lightning_internals.py")
@@ -213,3 +216,14 @@ def test_nobody_is_asked_for_a_sigterm_where_lightning_does_not_listen_to_it() -
     assert listens_in_main != before
     assert spared is not None
     assert "_broadcast_sigterm_tensor()" in inspect.getsource(_TrainingEpochLoop.advance)
+
+
+@pytest.mark.parametrize("own", [None, SimpleProfiler()])
+def test_hooks_are_profiled_only_where_a_profiler_was_asked_for(own: Any, tmp_path: Path) -> None:
+    lightning = {"logger": False, "callbacks": [], "profiler": own}
+    job = Job("fit", Logs(), {}, str(tmp_path), "run", seed=0, lightning=lightning)
+    profiler = make_trainer(job, LocalContext(job, use_gpu=False)).profiler
+    assert (profiler is own) == (own is not None)
+    with profiler.profile("outer"), profiler.profile("inner"):
+        pass
+    assert isinstance(profiler, PassThroughProfiler) or set(own.recorded_durations) == {"outer", "inner"}

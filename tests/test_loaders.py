@@ -28,11 +28,13 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     Sampler,
+    Subset,
     TensorDataset,
     WeightedRandomSampler,
     get_worker_info,
 )
 
+from ray_mnist.distributed import samples as fetching
 from ray_mnist.distributed.draws import SameDraws, compare_draws
 from ray_mnist.distributed.loaders import (
     LossWeighting,
@@ -402,6 +404,62 @@ def test_evaluating_keeps_no_weights(loader: Callable[[], Any], task: str) -> No
     once = given(loader(), 0, 1, task)
     assert [sum(1 for _ in once) for _ in range(3)] == [len(once)] * 3
     assert not once.weights
+
+
+# Rows of tensors
+
+
+ROWS = TensorDataset(torch.arange(SIZE), torch.rand(SIZE, 2, 3), torch.zeros(SIZE, dtype=torch.uint8))
+OF_TENSORS = {
+    "all rows": ROWS,
+    "a part": Subset(ROWS, range(5, SIZE)),
+    "a part, counted from the end": Subset(ROWS, [-1, -SIZE, 3, 9, 4]),
+    "a part of a part": Subset(Subset(ROWS, [*range(40)]), [*range(1, 30, 2)]),
+    "one tensor": TensorDataset(torch.rand(SIZE, 4)),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"collate_fn": list}], ids=str)
+@pytest.mark.parametrize("data", OF_TENSORS.values(), ids=OF_TENSORS)
+def test_rows_of_tensors_are_what_they_would_be_one_by_one(
+    data: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so is what is drawn after them, in this process."""
+
+    def seen() -> list[Any]:
+        loader = share(DataLoader(data, 4, shuffle=True, **options), 1, 2)
+        return [(batch, torch.rand(())) for batch in loader]
+
+    fetched = seen()
+    monkeypatch.setattr(fetching, "holds_tensors", lambda _: False)
+    one_by_one = seen()
+    torch.testing.assert_close(fetched, one_by_one, rtol=0, atol=0)
+    assert {type(batch) for batch, _ in fetched} == {list}
+
+
+def test_rows_of_tensors_are_not_seeded_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[object] = []
+    monkeypatch.setattr(fetching, "seed_generators", lambda *state: seeds.append(state))
+    list(share(DataLoader(ROWS, 10)))
+    assert len(seeds) == -(-SIZE // 10)
+
+
+def test_what_may_be_more_than_rows_of_tensors_is_fetched_one_by_one() -> None:
+    class Own(TensorDataset):
+        """With a `__getitem__` that may draw."""
+
+    class Part(Subset[Any]):
+        """Likewise."""
+
+    for data in (Own(torch.zeros(3)), Part(ROWS, [1, 2]), Subset(Own(torch.zeros(3)), [1]), Noisy()):
+        assert not fetching.holds_tensors(data)
+    sparse = TensorDataset(torch.eye(3).to_sparse())
+    assert not fetching.collates_rows(DataLoader(sparse))
+    assert not fetching.collates_rows(DataLoader(ROWS, collate_fn=list))
+    with pytest.raises(IndexError):
+        fetching.rows(ROWS, [SIZE])
+    with pytest.raises(IndexError):
+        fetching.rows(ROWS, [-SIZE - 1])
 
 
 # The loss

@@ -26,14 +26,13 @@ from torch.utils.data import (
 
 from ray_mnist import RequestError
 from ray_mnist.distributed.orders import ORDERS, EpochOrder, draws_at_once
+from ray_mnist.distributed.samples import SeededDataset, fetches_batches
 from ray_mnist.distributed.sharding import (
     CollateShard,
-    SeededDataset,
     SeededIndices,
     Shard,
     ShardedBatchSampler,
     ShardedStream,
-    fetches_batches,
     interleave,
     round_robin,
     seed_generators,

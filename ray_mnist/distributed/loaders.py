@@ -13,14 +13,14 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback
 from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.data import extract_batch_size
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, default_convert
 
+from ray_mnist.distributed.samples import SeededDataset, collates_rows
 from ray_mnist.distributed.sharding import (
     ALL,
     SHARES_ITSELF_OUT,
     CollateShard,
     EpochPass,
-    SeededDataset,
     ShardBatches,
     ShardedBatchSampler,
     ShardedStream,
@@ -179,7 +179,12 @@ class ShardedLoader(ResumableLoader):
             self.shards = ShardedBatchSampler(own, shard_batches, self.draws)
             # Lightning's sampler for prediction tells writers which samples a batch is made of.
             sampler = type(own)(self.shards) if hasattr(own, "seen_batch_indices") else self.shards
-            vars(self.source).update(dataset=SeededDataset(loader.dataset, self.draws), batch_sampler=sampler)
+            # By place, of samplers whose indices are known to be whole numbers.
+            collates = self.shards.draws_at_once and collates_rows(loader)
+            dataset = SeededDataset(loader.dataset, self.draws, collates)
+            vars(self.source).update(dataset=dataset, batch_sampler=sampler)
+            if collates:
+                self.source.collate_fn = default_convert  # the batch as it is
             self.batch_sampler = sampler
             in_this_process = type(loader).__iter__ is DataLoader.__iter__ and not loader.num_workers
             self.seeds_itself = in_this_process and self.shards.draws_at_once

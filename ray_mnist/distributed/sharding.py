@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ray_mnist.distributed.inspection import digest, watching_for_the_rank
 from ray_mnist.distributed.orders import draw_order, draws_at_once
@@ -216,36 +216,6 @@ def swap_states(generators: list[torch.Generator], states: list[torch.Tensor]) -
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
     return had
-
-
-class SeededDataset(Dataset[Any]):
-    """The user's map-style data set; what a sample draws is a function of the seed and its place in the training.
-
-    Where the data set fetches many samples at once, it is what they draw together.
-    """
-
-    def __init__(self, dataset: Any, seed: object) -> None:
-        self.dataset, self.seed = dataset, seed
-
-    def __getitems__(self, indices: SeededIndices) -> Any:
-        if fetches_batches(self.dataset):
-            epoch, again = indices.epoch_pass
-            # As repr has tuples, at a tenth of its time.
-            positions = f"), ({epoch}, {again}, 'sample', ".join(map(str, indices.positions))
-            seed_cpu(zlib.crc32(f"({self.seed!r}, ({epoch}, {again}, 'sample', {positions}))".encode()))
-            return self.dataset.__getitems__(list(indices))
-        samples = []
-        for index, position in zip(indices, indices.positions, strict=True):
-            seed_generators(self.seed, *indices.epoch_pass, "sample", position)
-            samples.append(self.dataset[index])
-        return samples
-
-
-def fetches_batches(dataset: Any) -> bool:
-    """Whether a data set has a way of its own to fetch many samples: a Subset only hands on what it is a part of."""
-    while isinstance(dataset, Subset) and type(dataset).__getitems__ is Subset.__getitems__:
-        dataset = dataset.dataset
-    return callable(getattr(dataset, "__getitems__", None))
 
 
 class ShardedStream(IterableDataset[Shard]):
