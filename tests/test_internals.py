@@ -222,7 +222,7 @@ def test_nobody_is_asked_for_a_sigterm_where_lightning_does_not_listen_to_it() -
 def test_hooks_are_profiled_only_where_a_profiler_was_asked_for(own: Any, tmp_path: Path) -> None:
     lightning = {"logger": False, "callbacks": [], "profiler": own}
     job = Job("fit", Logs(), {}, str(tmp_path), "run", seed=0, lightning=lightning)
-    profiler = make_trainer(job, LocalContext(job, use_gpu=False)).profiler
+    profiler = make_trainer(job, LocalContext(job, use_gpu=False, tell=print)).profiler
     assert (profiler is own) == (own is not None)
     with profiler.profile("outer"), profiler.profile("inner"):
         pass
