@@ -1,34 +1,29 @@
 """A few processes with a process group over gloo, for what needs nothing else of a run."""
 
-import multiprocessing
+import os
+import threading
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import set_start_method
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch.distributed as dist
+from gloo_workers import die_with_the_tests, processes
 from ray import cloudpickle
 
-FORK = multiprocessing.get_context("fork")
 ANSWER_S = 60
 
 
 def on_ranks(work: Callable[[int], Any], world_size: int = 2, backend: str = "gloo") -> list[Any]:
-    """What `work(rank)` returns on each rank, or the exception that it raises there."""
+    """What `work(rank)` returns on each rank, or the exception that it raises there.
+
+    `work` is sent there by value: what it changes outside of itself stays there.
+    """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-    def run(rank: int, home: Any) -> None:
-        try:
-            here = dist.TCPStore("127.0.0.1", store.port, is_master=False)
-            wait = timedelta(seconds=ANSWER_S / 2)
-            dist.init_process_group(backend, store=here, rank=rank, world_size=world_size, timeout=wait)
-            found = work(rank)
-        except Exception as error:
-            found = error
-        home.send_bytes(cloudpickle.dumps(found))
-        home.poll(ANSWER_S)  # stays until all have answered, and no longer if there are no tests to kill it
-
-    pipes = [FORK.Pipe() for _ in range(world_size)]
-    ranks = [FORK.Process(target=run, args=(rank, pipes[rank][1])) for rank in range(world_size)]
+    packed = cloudpickle.dumps((work, world_size, backend, store.port, dict(os.environ)))
+    pipes = [processes.Pipe() for _ in range(world_size)]
+    ranks = [processes.Process(target=run, args=(packed, rank, pipes[rank][1])) for rank in range(world_size)]
     for process in ranks:
         process.start()
     try:
@@ -39,3 +34,21 @@ def on_ranks(work: Callable[[int], Any], world_size: int = 2, backend: str = "gl
         for process in ranks:
             process.kill()
             process.join()
+
+
+def run(packed: bytes, rank: int, home: Connection) -> None:
+    """What the process of each rank runs."""
+    threading.Thread(target=die_with_the_tests, daemon=True).start()
+    set_start_method(None, force=True)  # a loader's processes start as everywhere
+    try:
+        work, world_size, backend, port, environment = cloudpickle.loads(packed)
+        os.environ.clear()
+        os.environ.update(environment)
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        wait = timedelta(seconds=ANSWER_S / 2)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
+        found = work(rank)
+    except Exception as error:
+        found = error
+    home.send_bytes(cloudpickle.dumps(found))
+    home.poll(ANSWER_S)  # stays until all have answered, and no longer if there are no tests to kill it

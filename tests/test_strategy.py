@@ -56,18 +56,19 @@ def copies() -> list[Path]:
     return list(Path(tempfile.gettempdir()).glob("ray_mnist-*"))
 
 
-def test_the_first_rank_of_each_node_downloads_for_all_of_them(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_rank_of_each_node_downloads_for_all_of_them(bucket: str) -> None:
     boto3.client("s3").put_object(Bucket="bucket", Key="runs/run/checkpoint.ckpt", Body=b"weights")
-    downloads: list[str] = []
-    copy_files = pyarrow.fs.copy_files
-
-    def counted(source: str, target: str, **options: Any) -> None:
-        downloads.append(source)
-        copy_files(source, target, **options)
-
-    monkeypatch.setattr(pyarrow.fs, "copy_files", counted)
 
     def load(rank: int) -> Any:
+        downloads: list[str] = []
+        copy_files = pyarrow.fs.copy_files
+
+        def counted(source: str, target: str, **options: Any) -> None:
+            downloads.append(source)
+            copy_files(source, target, **options)
+
+        pyarrow.fs.copy_files = counted
+
         def broadcast(value: Any) -> Any:
             found = [value]
             dist.broadcast_object_list(found)
