@@ -45,6 +45,7 @@ class Recorder(Checkpoint):
         self.monitor, self.sign = monitor, 1 if mode == "min" else -1
         self.history: list[Row] = []
         self.best: str | None = None
+        self.newest: str | None = None
         self.best_score = float("inf")  # the less the better, whatever the mode
         self.train_samples = self.val_samples = 0  # of the last epoch
         self._last_step = 0
@@ -133,6 +134,7 @@ class Recorder(Checkpoint):
         with self.folder.new_checkpoint(name) as folder:
             trainer.save_checkpoint(folder / CHECKPOINT)
             self.report(metrics, name, folder if trainer.is_global_zero else None)
+        self.newest = name
 
 
 def versions(module: LightningModule) -> list[int]:

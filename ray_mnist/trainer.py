@@ -68,6 +68,7 @@ class Trainer:
         self._data: dict[str, Any] = {}
         self._fits = 0
         self._folder: RunFolder | None = None
+        self._newest: str | None = None  # checkpoint
         self._result: Result | None = None
 
     # What Lightning's Trainer does
@@ -126,8 +127,9 @@ class Trainer:
         self.lightning_module, self._data, self._folder, self._result = model, data, folder, result
         self.current_epoch, self.global_step = outcome.trainer_state.current_epoch, outcome.trainer_state.global_step
         self._take_over(outcome.trainer_state, model)
-        if newest := next(iter(folder.checkpoints()), None):
-            load_weights(model, folder.location(newest))
+        self._newest = outcome.newest_checkpoint
+        if self._newest:
+            load_weights(model, folder.location(self._newest))
 
     def validate(
         self,
@@ -264,8 +266,7 @@ class Trainer:
         if ckpt_path in ("best", "last"):
             if self._folder is None or self._result is None:
                 raise RequestError(f"ckpt_path={ckpt_path!r}: there was no fit before, give the path of a checkpoint.")
-            newest = next(iter(self._folder.checkpoints()), None)
-            name = self._result.values["best_checkpoint"] if ckpt_path == "best" else newest
+            name = self._result.values["best_checkpoint"] if ckpt_path == "best" else self._newest
             return self._folder.location(name) if name else None
         if ckpt_path is None:
             return None

@@ -21,7 +21,7 @@ from ray_mnist.distributed.sharding import interleave
 from ray_mnist.distributed.strategy import LoadsOncePerNode, extend, shard_loaders
 from ray_mnist.errors import RequestError
 from ray_mnist.lightning_internals import spare_each_step
-from ray_mnist.run.events import EpochEnded, Event
+from ray_mnist.run.events import CheckpointPassedOver, EpochEnded, Event
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row, TrainerState
 from ray_mnist.run.records import metrics_csv
@@ -114,7 +114,7 @@ def shard_too_small(world_size: int) -> RequestError:
 
 
 def fit(job: Job, context: WorkerContext) -> Outcome:
-    """Trains, resuming from the run folder's newest checkpoint if it has one, then tests the best checkpoint."""
+    """Trains, resuming from the run folder's newest sound checkpoint if it has one, then tests the best checkpoint."""
     started = time.time()
     folder = job.folder
 
@@ -129,7 +129,11 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
     monitor, mode = job.monitor or monitor_of(job.lightning["callbacks"])
     recorder = Recorder(folder, report, job.checkpoint_every_n_steps, monitor, mode)
     trainer: Any = make_trainer(job, context, recorder)
-    newest = trainer.strategy.broadcast(next(iter(folder.checkpoints()), None) if trainer.is_global_zero else None)
+    if trainer.is_global_zero:
+        recorder.newest = folder.newest_sound_checkpoint(
+            lambda location, why: context.tell(CheckpointPassedOver(location, why))
+        )
+    recorder.newest = newest = trainer.strategy.broadcast(recorder.newest)
     path = folder.location(newest) if newest else job.checkpoint
     clock = time.monotonic()
     # weights_only would refuse hyperparameters that are objects; the run's own file may be trusted with them.
@@ -142,6 +146,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
         train_samples=size(trainer.train_dataloader) or recorder.train_samples,
         val_samples=recorder.val_samples,
         best_checkpoint=recorder.best,
+        newest_checkpoint=recorder.newest,
         started=started,
         fit_seconds=time.monotonic() - clock,
     )

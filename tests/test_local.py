@@ -5,10 +5,11 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
 from ray_mnist.config import RunConfig
 from ray_mnist.data import sources
 from ray_mnist.launch import local
-from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name
+from ray_mnist.run.folder import CHECKPOINT, CHECKSUM, RunFolder, checkpoint_name
 from ray_mnist.run.outcome import Outcome, Row, TrainerState
 from ray_mnist.run.report import write_result
 
@@ -133,9 +134,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_the_run_folder_has_every_file_of_the_contract(whole: Run) -> None:
     plots = {f"plots/{name}.png" for name in ("loss", "accuracy", "confusion", "mistakes")}
-    checkpoint = f"{checkpoint_name(LAST)}/{CHECKPOINT}"
+    checkpoint = {f"{checkpoint_name(LAST)}/{file}" for file in (CHECKPOINT, CHECKSUM)}
     files = {file for file in contents(whole.folder) if not file.startswith("tensorboard/")}
-    assert files == {"config.yaml", "metrics.csv", "result.json", checkpoint, *plots}
+    assert files == {"config.yaml", "metrics.csv", "result.json", *checkpoint, *plots}
     assert any("tfevents" in file for file in contents(whole.folder))
     assert set(os.listdir(whole.folder.parent)) == {"whole"}
 
@@ -452,13 +453,40 @@ def test_a_model_that_draws_random_numbers_goes_on_with_the_same(tmp_path: Path,
     )
 
 
-@pytest.mark.parametrize("kept", [0, 1000, -100])
-def test_a_newest_checkpoint_that_was_cut_off_is_passed_over(whole: Run, tmp_path: Path, kept: int) -> None:
+def altered(content: bytes) -> bytes:
+    """64 bytes flipped inside."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 64]) + content[middle + 64 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda content: b"", "is not complete"),
+        (lambda content: content[:-100], "is not complete"),
+        (altered, "has changed since it was written: its checksum is another"),
+    ],
+    ids=["empty", "cut off", "altered"],
+)
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_line(
+    whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[bytes], bytes], why: str
+) -> None:
     assert stopped(tmp_path, 24, checkpoint_every_n_steps=5) == {checkpoint_name(17), checkpoint_name(20)}
     newest = tmp_path / "stopped" / checkpoint_name(20) / CHECKPOINT
-    newest.write_bytes(newest.read_bytes()[:kept])
+    newest.write_bytes(damage(newest.read_bytes()))
     assert_same_training(resumed(tmp_path, starts_at=17, checkpoint_every_n_steps=5), whole)
+    assert f"passed over the checkpoint {newest}: it {why}\n" in capsys.readouterr().out
     assert set(RunFolder(str(tmp_path), "stopped").checkpoints()) == {checkpoint_name(LAST)}
+
+
+def test_a_run_that_is_done_has_the_weights_of_its_newest_sound_checkpoint(whole: Run, tmp_path: Path) -> None:
+    train(tmp_path, "stopped")
+    newest, planted = (tmp_path / "stopped" / checkpoint_name(step) for step in (LAST, LAST + 1))
+    shutil.copytree(newest, planted)
+    (planted / CHECKPOINT).write_bytes(altered((planted / CHECKPOINT).read_bytes()))
+    again = train(tmp_path, "stopped", weights=2, resume=True)
+    assert_same_training(again, whole)
+    assert again.trainer.checkpoint_callback.last_model_path == str(newest / CHECKPOINT)
 
 
 def test_a_run_that_was_killed_in_its_test_is_tested(whole: Run, tmp_path: Path) -> None:
