@@ -32,7 +32,8 @@ class Job:
     """What to do with which model, on what, and where the run folder is.
 
     `task` is fit, validate, test or predict; `data` has the arguments that give Lightning's method of that name its
-    data; `checkpoint` is the path or URI of the one to start from; `monitor` is the metric that chooses the best
+    data; `checkpoint` is the path or URI of the one to start from, and `weights_only=False` loads whatever it
+    holds; `monitor` is the metric that chooses the best
     checkpoint, and its mode, if not the ModelCheckpoint's of the user; `with_test` has a fit end in the test;
     `return_predictions` is what Lightning's `predict` makes of it.
     """
@@ -45,7 +46,7 @@ class Job:
     seed: int
     checkpoint_every_n_steps: int | None = None
     checkpoint: str | None = None
-    weights_only: bool | None = None
+    weights_only: bool = True
     monitor: tuple[str, str] | None = None
     with_test: bool = True
     return_predictions: bool | None = None
@@ -136,8 +137,8 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
     recorder.newest = newest = trainer.strategy.broadcast(recorder.newest)
     path = folder.location(newest) if newest else job.checkpoint
     clock = time.monotonic()
-    # weights_only would refuse hyperparameters that are objects; the run's own file may be trusted with them.
-    trainer.fit(job.model, **job.data, ckpt_path=path, weights_only=False if newest else job.weights_only)
+    # Others may be able to write to the run folder.
+    trainer.fit(job.model, **job.data, ckpt_path=path, weights_only=True if newest else job.weights_only)
     outcome = Outcome(
         trainer_state=trainer_state(trainer),
         device=device_name(trainer),
@@ -155,7 +156,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
         mistakes = Mistakes()
         trainer.callbacks.append(mistakes)
         datamodule, best = job.data.get("datamodule"), folder.location(outcome.best_checkpoint)
-        tested = trainer.test(job.model, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=False)
+        tested = trainer.test(job.model, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=True)
         outcome.test_seconds = time.monotonic() - clock
         outcome.test_metrics = [dict(metrics) for metrics in tested]
         outcome.test_samples = mistakes.samples

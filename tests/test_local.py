@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -27,9 +28,10 @@ from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
 from ray_mnist.config import RunConfig
 from ray_mnist.data import sources
 from ray_mnist.launch import local
-from ray_mnist.run.folder import CHECKPOINT, CHECKSUM, RunFolder, checkpoint_name
+from ray_mnist.run.folder import CHECKPOINT, CHECKSUM, RunFolder, checkpoint_name, checksum_line
 from ray_mnist.run.outcome import Outcome, Row, TrainerState
 from ray_mnist.run.report import write_result
+from ray_mnist.trainer import load_weights
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -487,6 +489,123 @@ def test_a_run_that_is_done_has_the_weights_of_its_newest_sound_checkpoint(whole
     again = train(tmp_path, "stopped", weights=2, resume=True)
     assert_same_training(again, whole)
     assert again.trainer.checkpoint_callback.last_model_path == str(newest / CHECKPOINT)
+
+
+class Planted:
+    """Makes the folder `mark` when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("with_checksum", [True, False])
+@pytest.mark.parametrize("best", [True, False])
+def test_a_pickle_planted_in_the_run_folder_never_runs(tmp_path: Path, with_checksum: bool, best: bool) -> None:
+    run = train(tmp_path, "run", max_epochs=1)
+    planted = run.folder / checkpoint_name(STEPS_PER_EPOCH + (not best))
+    planted.mkdir(exist_ok=True)
+    whole = torch.load(run.folder / checkpoint_name(STEPS_PER_EPOCH) / CHECKPOINT)
+    torch.save(whole | {"planted": Planted(tmp_path / "mark")}, planted / CHECKPOINT)
+    (planted / CHECKSUM).unlink(missing_ok=True)
+    if with_checksum:
+        with open(planted / CHECKPOINT, "rb") as file:
+            (planted / CHECKSUM).write_bytes(checksum_line(file))
+    with pytest.raises(RequestError, match=f"The checkpoint {planted / CHECKPOINT} holds more than tensors and plain"):
+        train(tmp_path, "run", resume=True)
+    with pytest.raises(RequestError, match=f"The checkpoint {planted / CHECKPOINT} holds more than tensors and plain"):
+        load_weights(SimpleModel(), str(planted / CHECKPOINT))
+    if best:
+        with pytest.raises(RequestError, match="holds more than tensors and plain types"):
+            run.trainer.validate(ckpt_path="best", verbose=False)
+    assert not (tmp_path / "mark").exists()
+    (planted / CHECKPOINT).write_bytes(pickle.dumps(Planted(tmp_path / "mark")))  # not torch's file
+    assert Path(train(tmp_path, "run", resume=True).folder, "result.json").exists()
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_checkpoint_of_the_users_runs_code_only_if_they_say_so(whole: Run, tmp_path: Path) -> None:
+    state = torch.load(whole.folder / checkpoint_name(LAST) / CHECKPOINT)
+    torch.save(state | {"planted": Planted(tmp_path / "mark")}, tmp_path / "given.ckpt")
+    trainer, arguments = Trainer(), (SimpleModel(), MNISTDataModule("digits"), tmp_path / "given.ckpt")
+    for told in (None, True):
+        with pytest.raises(RequestError) as error:
+            trainer.validate(*arguments, verbose=False, weights_only=told)
+        assert str(error.value) == (
+            f"The checkpoint {tmp_path / 'given.ckpt'} holds more than tensors and plain types, and to load it could "
+            "run code that came with it: delete it, or, if you trust whoever made it, start from it with ckpt_path and "
+            "weights_only=False."
+        )
+        assert not (tmp_path / "mark").exists()
+    trainer.validate(*arguments, verbose=False, weights_only=False)
+    assert (tmp_path / "mark").exists()
+
+
+class WithObjects(SimpleModel):
+    """Its hyperparameters are not all plain."""
+
+    def __init__(self, criterion: nn.Module, width: int = 3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_hyperparameters_that_are_objects_are_left_out_and_named(tmp_path: Path) -> None:
+    stop, data, model = Stop(21), MNISTDataModule("digits", seed=0), WithObjects(nn.CrossEntropyLoss())
+    options = {"storage_path": str(tmp_path), "name": "run", "max_epochs": EPOCHS}
+    with (
+        pytest.warns(UserWarning, match="give load_from_checkpoint criterion yourself") as warned,
+        pytest.raises(Stopped),
+    ):
+        Trainer(**options, checkpoint_every_n_steps=5, callbacks=[stop]).fit(model, data)
+    assert len([each for each in warned if "load_from_checkpoint" in str(each.message)]) == 1
+    start = Start()
+    trainer = Trainer(**options, resume=True, callbacks=[start])
+    trainer.fit(WithObjects(nn.CrossEntropyLoss()), data)
+    assert start.step == 20
+    path = trainer.checkpoint_callback.last_model_path
+    assert torch.load(path, weights_only=True)["hyper_parameters"]["width"] == 3
+    loaded = WithObjects.load_from_checkpoint(path, criterion=nn.CrossEntropyLoss())
+    assert loaded.hparams["width"] == 3
+
+
+class Odd:
+    """No plain type."""
+
+
+class SavesAnObject(pl.Callback):
+    """Has an object in its state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"odd": Odd()}
+
+
+def test_an_object_in_a_callbacks_state_is_refused_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=rf"plain types only, and {__name__}\.Odd is none"):
+        train(tmp_path, "run", callbacks=[SavesAnObject()])
+    assert not (tmp_path / "run").exists()
+    with torch.serialization.safe_globals([Odd]):
+        train(tmp_path, "run", callbacks=[SavesAnObject()], max_epochs=1)
+        resumed = train(tmp_path, "run", callbacks=[SavesAnObject()], max_epochs=2, resume=True)
+    assert len(resumed.history) == 2
+
+
+def test_the_state_of_lightnings_own_callbacks_is_plain(tmp_path: Path) -> None:
+    def callbacks() -> list[pl.Callback]:
+        return [
+            pl.callbacks.ModelCheckpoint(tmp_path / "own", monitor="val_loss", save_last=True, save_top_k=2),
+            pl.callbacks.EarlyStopping("val_loss", patience=9),
+            pl.callbacks.Timer(duration="01:00:00:00"),
+            pl.callbacks.LearningRateMonitor(),
+            pl.callbacks.StochasticWeightAveraging(1e-3, swa_epoch_start=2),
+        ]
+
+    train(tmp_path, "run", callbacks=callbacks(), max_epochs=2)
+    resumed = train(tmp_path, "run", callbacks=callbacks(), resume=True)
+    assert len(resumed.history) == EPOCHS
+    assert resumed.trainer.early_stopping_callback.best_score < 1
+    assert len(resumed.trainer.checkpoint_callback.best_k_models) == 2
 
 
 def test_a_run_that_was_killed_in_its_test_is_tested(whole: Run, tmp_path: Path) -> None:

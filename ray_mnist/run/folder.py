@@ -176,10 +176,11 @@ class RunFolder:
             if not self.is_local and self.has(f"{name}/{CHECKSUM}"):
                 self.fs.delete_file(checksum)
             pyarrow.fs.copy_files(str(source), aside, destination_filesystem=self.fs)
-        with open(Path(source, CHECKPOINT), "rb") as file:
-            line = checksum_line(file)
-        with self.fs.open_output_stream(checksum) as stream:
-            stream.write(line)
+        if Path(source, CHECKPOINT).is_file():  # strategies of the user's may make it a folder
+            with open(Path(source, CHECKPOINT), "rb") as file:
+                line = checksum_line(file)
+            with self.fs.open_output_stream(checksum) as stream:
+                stream.write(line)
         if self.is_local:
             shutil.rmtree(target, ignore_errors=True)
             os.rename(aside, target)
