@@ -98,7 +98,7 @@ class Trainer:
                 nothing but tensors and plain types is loaded, and a checkpoint that holds more is refused.
 
         Raises:
-            RequestError: the run cannot start; nothing was written.
+            RequestError: the run cannot start, and nothing was written, or cannot go on, and its checkpoints are kept.
             TrainingError: training failed on the cluster.
         """
         started = time.time()
@@ -117,7 +117,7 @@ class Trainer:
             except RequestError:
                 if saved_config:
                     folder.write("config.yaml", saved_config)
-                else:
+                elif not folder.checkpoints():
                     folder.remove()
                 raise
             except KeyboardInterrupt:

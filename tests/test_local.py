@@ -575,16 +575,25 @@ class Odd:
 
 
 class SavesAnObject(pl.Callback):
-    """Has an object in its state."""
+    """Has an object in its state, once it has seen so many epochs."""
+
+    def __init__(self, after: int = 0) -> None:
+        self.after, self.epochs = after, 0
+
+    def on_train_epoch_end(self, *_: object) -> None:
+        self.epochs += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"odd": Odd()}
+        return {"odd": Odd()} if self.epochs > self.after else {}
 
 
 def test_an_object_in_a_callbacks_state_is_refused_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=rf"plain types only, and {__name__}\.Odd is none"):
         train(tmp_path, "run", callbacks=[SavesAnObject()])
     assert not (tmp_path / "run").exists()
+    with pytest.raises(RequestError):
+        train(tmp_path, "late", callbacks=[SavesAnObject(after=1)])
+    assert RunFolder(str(tmp_path), "late").checkpoints() == [checkpoint_name(STEPS_PER_EPOCH)]
     with torch.serialization.safe_globals([Odd]):
         train(tmp_path, "run", callbacks=[SavesAnObject()], max_epochs=1)
         resumed = train(tmp_path, "run", callbacks=[SavesAnObject()], max_epochs=2, resume=True)
