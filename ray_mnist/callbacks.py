@@ -5,6 +5,7 @@ Recorder measures, checkpoints and reports; Randomness seeds each step; Mistakes
 
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from ray_mnist.distributed.loaders import samples_seen
 from ray_mnist.distributed.sharding import seed_cpu
 from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name
 from ray_mnist.run.outcome import Row
+from ray_mnist.run.trust import check_saved, keep_plain_hyperparameters
 
 # Takes the metrics, the checkpoint's name and, on rank 0, the local folder that holds it; all ranks call it together.
 Report = Callable[[Row, str, Path | None], None]
@@ -45,10 +47,12 @@ class Recorder(Checkpoint):
         self.monitor, self.sign = monitor, 1 if mode == "min" else -1
         self.history: list[Row] = []
         self.best: str | None = None
+        self.newest: str | None = None
         self.best_score = float("inf")  # the less the better, whatever the mode
         self.train_samples = self.val_samples = 0  # of the last epoch
         self._last_step = 0
         self._saved: list[int] = []
+        self._saving = self._warned = False
 
     def state_dict(self) -> dict[str, Any]:
         """What goes into the checkpoint."""
@@ -63,6 +67,17 @@ class Recorder(Checkpoint):
         """Goes on from what came out of a checkpoint."""
         self.history, self.best, self.best_score = list(state["history"]), state["best"], state["best_score"]
         self.val_samples = state["val_samples"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Leaves hyperparameters that are objects out of the run's own checkpoints, not out of the user's."""
+        left_out = keep_plain_hyperparameters(checkpoint) if self._saving else []
+        if left_out and trainer.is_global_zero and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The run's checkpoints leave out hyperparameters that are neither tensors nor plain types: give "
+                f"load_from_checkpoint {', '.join(left_out)} yourself.",
+                stacklevel=1,
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock, also where a run resumes inside an epoch and no epoch starts."""
@@ -131,8 +146,13 @@ class Recorder(Checkpoint):
         self._saved = versions(trainer.lightning_module)
         name = checkpoint_name(trainer.global_step)
         with self.folder.new_checkpoint(name) as folder:
+            self._saving = True
             trainer.save_checkpoint(folder / CHECKPOINT)
+            self._saving = False
+            if trainer.is_global_zero:
+                check_saved(str(folder / CHECKPOINT))
             self.report(metrics, name, folder if trainer.is_global_zero else None)
+        self.newest = name
 
 
 def versions(module: LightningModule) -> list[int]:

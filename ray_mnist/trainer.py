@@ -1,5 +1,6 @@
 """Trainer: the one line that users change. It picks where to launch."""
 
+import pickle
 import time
 import uuid
 import warnings
@@ -25,6 +26,7 @@ from ray_mnist.run.folder import RunFolder, local_file
 from ray_mnist.run.outcome import Evaluation, Outcome, TrainerState
 from ray_mnist.run.records import read_metrics
 from ray_mnist.run.report import Result
+from ray_mnist.run.trust import refused
 from ray_mnist.worker import Job
 
 
@@ -68,6 +70,7 @@ class Trainer:
         self._data: dict[str, Any] = {}
         self._fits = 0
         self._folder: RunFolder | None = None
+        self._newest: str | None = None  # checkpoint
         self._result: Result | None = None
 
     # What Lightning's Trainer does
@@ -91,10 +94,11 @@ class Trainer:
             val_dataloaders: loaders.
             datamodule: instead of loaders.
             ckpt_path: start from this checkpoint, or from the `best` or `last` of the fit before.
-            weights_only: load nothing but tensors and plain types from `ckpt_path`.
+            weights_only: False loads whatever `ckpt_path` holds, which may run code of whoever made it; otherwise
+                nothing but tensors and plain types is loaded, and a checkpoint that holds more is refused.
 
         Raises:
-            RequestError: the run cannot start; nothing was written.
+            RequestError: the run cannot start, and nothing was written, or cannot go on, and its checkpoints are kept.
             TrainingError: training failed on the cluster.
         """
         started = time.time()
@@ -113,7 +117,7 @@ class Trainer:
             except RequestError:
                 if saved_config:
                     folder.write("config.yaml", saved_config)
-                else:
+                elif not folder.checkpoints():
                     folder.remove()
                 raise
             except KeyboardInterrupt:
@@ -126,8 +130,9 @@ class Trainer:
         self.lightning_module, self._data, self._folder, self._result = model, data, folder, result
         self.current_epoch, self.global_step = outcome.trainer_state.current_epoch, outcome.trainer_state.global_step
         self._take_over(outcome.trainer_state, model)
-        if newest := next(iter(folder.checkpoints()), None):
-            load_weights(model, folder.location(newest))
+        self._newest = next((name for name in folder.checkpoints() if name == outcome.newest_checkpoint), None)
+        if self._newest:
+            load_weights(model, folder.location(self._newest))
 
     def validate(
         self,
@@ -239,8 +244,6 @@ class Trainer:
     def _job(
         self, task: str, model: Any, data: Any, name: str, ckpt_path: Any, weights_only: bool | None, **more: Any
     ) -> Job:
-        checkpoint = self._checkpoint(ckpt_path)
-        own = ckpt_path in ("best", "last") and checkpoint is not None
         return Job(
             task=task,
             model=model,
@@ -249,8 +252,8 @@ class Trainer:
             name=name,
             seed=self.config.seed,
             checkpoint_every_n_steps=self.config.checkpoint_every_n_steps,
-            checkpoint=checkpoint,
-            weights_only=False if own else weights_only,
+            checkpoint=self._checkpoint(ckpt_path),
+            weights_only=weights_only is not False,
             lightning=self.lightning,
             **more,
         )
@@ -264,8 +267,7 @@ class Trainer:
         if ckpt_path in ("best", "last"):
             if self._folder is None or self._result is None:
                 raise RequestError(f"ckpt_path={ckpt_path!r}: there was no fit before, give the path of a checkpoint.")
-            newest = next(iter(self._folder.checkpoints()), None)
-            name = self._result.values["best_checkpoint"] if ckpt_path == "best" else newest
+            name = self._result.values["best_checkpoint"] if ckpt_path == "best" else self._newest
             return self._folder.location(name) if name else None
         if ckpt_path is None:
             return None
@@ -303,7 +305,7 @@ class Trainer:
         self.lightning_module = model
         self._take_over(evaluation.trainer_state, model)
         if job.checkpoint and (self.config.num_workers or self.config.tpu_cores > 1):
-            load_weights(model, job.checkpoint)  # as Lightning does
+            load_weights(model, job.checkpoint, job.weights_only)  # as Lightning does
         return evaluation
 
     def _take_over(self, state: TrainerState, model: pl.LightningModule) -> None:
@@ -338,11 +340,18 @@ class Trainer:
         folder.write("config.yaml", yaml.safe_dump(whole, sort_keys=False))
 
 
-def load_weights(model: pl.LightningModule, location: str) -> None:
-    """Gives `model` a checkpoint's weights, in place, as Lightning would."""
+def load_weights(model: pl.LightningModule, location: str, weights_only: bool = True) -> None:
+    """Gives `model` a checkpoint's weights, in place, as Lightning would.
+
+    Raises:
+        RequestError: it holds more than tensors and plain types, and `weights_only` is true.
+    """
     with local_file(location) as path:
         assert path
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise refused(location) from error
         model.on_load_checkpoint(checkpoint)
         model.configure_model()
         trained = checkpoint["state_dict"]

@@ -23,7 +23,7 @@ from ray_mnist.distributed.sharding import interleave
 from ray_mnist.distributed.strategy import LoadsOncePerNode, extend, shard_loaders
 from ray_mnist.errors import RequestError
 from ray_mnist.lightning_internals import spare_each_step
-from ray_mnist.run.events import EpochEnded, Event
+from ray_mnist.run.events import CheckpointPassedOver, EpochEnded, Event
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row, TrainerState
 from ray_mnist.run.records import metrics_csv
@@ -34,7 +34,8 @@ class Job:
     """What to do with which model, on what, and where the run folder is.
 
     `task` is fit, validate, test or predict; `data` has the arguments that give Lightning's method of that name its
-    data; `checkpoint` is the path or URI of the one to start from; `monitor` is the metric that chooses the best
+    data; `checkpoint` is the path or URI of the one to start from, and `weights_only=False` loads whatever it
+    holds; `monitor` is the metric that chooses the best
     checkpoint, and its mode, if not the ModelCheckpoint's of the user; `with_test` has a fit end in the test;
     `return_predictions` is what Lightning's `predict` makes of it.
     """
@@ -47,7 +48,7 @@ class Job:
     seed: int
     checkpoint_every_n_steps: int | None = None
     checkpoint: str | None = None
-    weights_only: bool | None = None
+    weights_only: bool = True
     monitor: tuple[str, str] | None = None
     with_test: bool = True
     return_predictions: bool | None = None
@@ -116,7 +117,7 @@ def shard_too_small(world_size: int) -> RequestError:
 
 
 def fit(job: Job, context: WorkerContext) -> Outcome:
-    """Trains, resuming from the run folder's newest checkpoint if it has one, then tests the best checkpoint."""
+    """Trains, resuming from the run folder's newest sound checkpoint if it has one, then tests the best checkpoint."""
     started = time.time()
     folder = job.folder
 
@@ -131,11 +132,15 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
     monitor, mode = job.monitor or monitor_of(job.lightning["callbacks"])
     recorder = Recorder(folder, report, job.checkpoint_every_n_steps, monitor, mode)
     trainer: Any = make_trainer(job, context, recorder)
-    newest = trainer.strategy.broadcast(next(iter(folder.checkpoints()), None) if trainer.is_global_zero else None)
+    if trainer.is_global_zero:
+        recorder.newest = folder.newest_sound_checkpoint(
+            lambda location, why: context.tell(CheckpointPassedOver(location, why))
+        )
+    recorder.newest = newest = trainer.strategy.broadcast(recorder.newest)
     path = folder.location(newest) if newest else job.checkpoint
     clock = time.monotonic()
-    # weights_only would refuse hyperparameters that are objects; the run's own file may be trusted with them.
-    trainer.fit(job.model, **job.data, ckpt_path=path, weights_only=False if newest else job.weights_only)
+    # Others may be able to write to the run folder.
+    trainer.fit(job.model, **job.data, ckpt_path=path, weights_only=True if newest else job.weights_only)
     outcome = Outcome(
         trainer_state=trainer_state(trainer),
         device=device_name(trainer),
@@ -144,6 +149,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
         train_samples=size(trainer.train_dataloader) or recorder.train_samples,
         val_samples=recorder.val_samples,
         best_checkpoint=recorder.best,
+        newest_checkpoint=recorder.newest,
         started=started,
         fit_seconds=time.monotonic() - clock,
     )
@@ -152,7 +158,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
         mistakes = Mistakes()
         trainer.callbacks.append(mistakes)
         datamodule, best = job.data.get("datamodule"), folder.location(outcome.best_checkpoint)
-        tested = trainer.test(job.model, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=False)
+        tested = trainer.test(job.model, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=True)
         outcome.test_seconds = time.monotonic() - clock
         outcome.test_metrics = [dict(metrics) for metrics in tested]
         outcome.test_samples = mistakes.samples

@@ -4,11 +4,13 @@ import csv
 import json
 import multiprocessing
 import os
+import pickle
 import re
+import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,10 @@ from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
 from ray_mnist.config import RunConfig
 from ray_mnist.data import sources
 from ray_mnist.launch import local
-from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name
+from ray_mnist.run.folder import CHECKPOINT, CHECKSUM, RunFolder, checkpoint_name, checksum_line
 from ray_mnist.run.outcome import Outcome, Row, TrainerState
 from ray_mnist.run.report import write_result
+from ray_mnist.trainer import load_weights
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -133,9 +136,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_the_run_folder_has_every_file_of_the_contract(whole: Run) -> None:
     plots = {f"plots/{name}.png" for name in ("loss", "accuracy", "confusion", "mistakes")}
-    checkpoint = f"{checkpoint_name(LAST)}/{CHECKPOINT}"
+    checkpoint = {f"{checkpoint_name(LAST)}/{file}" for file in (CHECKPOINT, CHECKSUM)}
     files = {file for file in contents(whole.folder) if not file.startswith("tensorboard/")}
-    assert files == {"config.yaml", "metrics.csv", "result.json", checkpoint, *plots}
+    assert files == {"config.yaml", "metrics.csv", "result.json", *checkpoint, *plots}
     assert any("tfevents" in file for file in contents(whole.folder))
     assert set(os.listdir(whole.folder.parent)) == {"whole"}
 
@@ -452,13 +455,166 @@ def test_a_model_that_draws_random_numbers_goes_on_with_the_same(tmp_path: Path,
     )
 
 
-@pytest.mark.parametrize("kept", [0, 1000, -100])
-def test_a_newest_checkpoint_that_was_cut_off_is_passed_over(whole: Run, tmp_path: Path, kept: int) -> None:
+def altered(content: bytes) -> bytes:
+    """64 bytes flipped inside."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 64]) + content[middle + 64 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda content: b"", "is not complete"),
+        (lambda content: content[:-100], "is not complete"),
+        (altered, "has changed since it was written: its checksum is another"),
+    ],
+    ids=["empty", "cut off", "altered"],
+)
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_line(
+    whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[bytes], bytes], why: str
+) -> None:
     assert stopped(tmp_path, 24, checkpoint_every_n_steps=5) == {checkpoint_name(17), checkpoint_name(20)}
     newest = tmp_path / "stopped" / checkpoint_name(20) / CHECKPOINT
-    newest.write_bytes(newest.read_bytes()[:kept])
+    newest.write_bytes(damage(newest.read_bytes()))
     assert_same_training(resumed(tmp_path, starts_at=17, checkpoint_every_n_steps=5), whole)
+    assert f"passed over the checkpoint {newest}: it {why}\n" in capsys.readouterr().out
     assert set(RunFolder(str(tmp_path), "stopped").checkpoints()) == {checkpoint_name(LAST)}
+
+
+def test_a_run_that_is_done_has_the_weights_of_its_newest_sound_checkpoint(whole: Run, tmp_path: Path) -> None:
+    train(tmp_path, "stopped")
+    newest, planted = (tmp_path / "stopped" / checkpoint_name(step) for step in (LAST, LAST + 1))
+    shutil.copytree(newest, planted)
+    (planted / CHECKPOINT).write_bytes(altered((planted / CHECKPOINT).read_bytes()))
+    again = train(tmp_path, "stopped", weights=2, resume=True)
+    assert_same_training(again, whole)
+    assert again.trainer.checkpoint_callback.last_model_path == str(newest / CHECKPOINT)
+
+
+class Planted:
+    """Makes the folder `mark` when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("with_checksum", [True, False])
+@pytest.mark.parametrize("best", [True, False])
+def test_a_pickle_planted_in_the_run_folder_never_runs(tmp_path: Path, with_checksum: bool, best: bool) -> None:
+    run = train(tmp_path, "run", max_epochs=1)
+    planted = run.folder / checkpoint_name(STEPS_PER_EPOCH + (not best))
+    planted.mkdir(exist_ok=True)
+    whole = torch.load(run.folder / checkpoint_name(STEPS_PER_EPOCH) / CHECKPOINT)
+    torch.save(whole | {"planted": Planted(tmp_path / "mark")}, planted / CHECKPOINT)
+    (planted / CHECKSUM).unlink(missing_ok=True)
+    if with_checksum:
+        with open(planted / CHECKPOINT, "rb") as file:
+            (planted / CHECKSUM).write_bytes(checksum_line(file))
+    with pytest.raises(RequestError, match=f"The checkpoint {planted / CHECKPOINT} holds more than tensors and plain"):
+        train(tmp_path, "run", resume=True)
+    with pytest.raises(RequestError, match=f"The checkpoint {planted / CHECKPOINT} holds more than tensors and plain"):
+        load_weights(SimpleModel(), str(planted / CHECKPOINT))
+    if best:
+        with pytest.raises(RequestError, match="holds more than tensors and plain types"):
+            run.trainer.validate(ckpt_path="best", verbose=False)
+    assert not (tmp_path / "mark").exists()
+    (planted / CHECKPOINT).write_bytes(pickle.dumps(Planted(tmp_path / "mark")))  # not torch's file
+    assert Path(train(tmp_path, "run", resume=True).folder, "result.json").exists()
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_checkpoint_of_the_users_runs_code_only_if_they_say_so(whole: Run, tmp_path: Path) -> None:
+    state = torch.load(whole.folder / checkpoint_name(LAST) / CHECKPOINT)
+    torch.save(state | {"planted": Planted(tmp_path / "mark")}, tmp_path / "given.ckpt")
+    trainer, arguments = Trainer(), (SimpleModel(), MNISTDataModule("digits"), tmp_path / "given.ckpt")
+    for told in (None, True):
+        with pytest.raises(RequestError) as error:
+            trainer.validate(*arguments, verbose=False, weights_only=told)
+        assert str(error.value) == (
+            f"The checkpoint {tmp_path / 'given.ckpt'} holds more than tensors and plain types, and to load it could "
+            "run code that came with it: delete it, or, if you trust whoever made it, start from it with ckpt_path and "
+            "weights_only=False."
+        )
+        assert not (tmp_path / "mark").exists()
+    trainer.validate(*arguments, verbose=False, weights_only=False)
+    assert (tmp_path / "mark").exists()
+
+
+class WithObjects(SimpleModel):
+    """Its hyperparameters are not all plain."""
+
+    def __init__(self, criterion: nn.Module, width: int = 3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_hyperparameters_that_are_objects_are_left_out_and_named(tmp_path: Path) -> None:
+    stop, data, model = Stop(21), MNISTDataModule("digits", seed=0), WithObjects(nn.CrossEntropyLoss())
+    options = {"storage_path": str(tmp_path), "name": "run", "max_epochs": EPOCHS}
+    with (
+        pytest.warns(UserWarning, match="give load_from_checkpoint criterion yourself") as warned,
+        pytest.raises(Stopped),
+    ):
+        Trainer(**options, checkpoint_every_n_steps=5, callbacks=[stop]).fit(model, data)
+    assert len([each for each in warned if "load_from_checkpoint" in str(each.message)]) == 1
+    start = Start()
+    trainer = Trainer(**options, resume=True, callbacks=[start])
+    trainer.fit(WithObjects(nn.CrossEntropyLoss()), data)
+    assert start.step == 20
+    path = trainer.checkpoint_callback.last_model_path
+    assert torch.load(path, weights_only=True)["hyper_parameters"]["width"] == 3
+    loaded = WithObjects.load_from_checkpoint(path, criterion=nn.CrossEntropyLoss())
+    assert loaded.hparams["width"] == 3
+
+
+class Odd:
+    """No plain type."""
+
+
+class SavesAnObject(pl.Callback):
+    """Has an object in its state, once it has seen so many epochs."""
+
+    def __init__(self, after: int = 0) -> None:
+        self.after, self.epochs = after, 0
+
+    def on_train_epoch_end(self, *_: object) -> None:
+        self.epochs += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"odd": Odd()} if self.epochs > self.after else {}
+
+
+def test_an_object_in_a_callbacks_state_is_refused_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=rf"plain types only, and {__name__}\.Odd is none"):
+        train(tmp_path, "run", callbacks=[SavesAnObject()])
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(RequestError):
+        train(tmp_path, "late", callbacks=[SavesAnObject(after=1)])
+    assert RunFolder(str(tmp_path), "late").checkpoints() == [checkpoint_name(STEPS_PER_EPOCH)]
+    with torch.serialization.safe_globals([Odd]):
+        train(tmp_path, "run", callbacks=[SavesAnObject()], max_epochs=1)
+        resumed = train(tmp_path, "run", callbacks=[SavesAnObject()], max_epochs=2, resume=True)
+    assert len(resumed.history) == 2
+
+
+def test_the_state_of_lightnings_own_callbacks_is_plain(tmp_path: Path) -> None:
+    def callbacks() -> list[pl.Callback]:
+        return [
+            pl.callbacks.ModelCheckpoint(tmp_path / "own", monitor="val_loss", save_last=True, save_top_k=2),
+            pl.callbacks.EarlyStopping("val_loss", patience=9),
+            pl.callbacks.Timer(duration="01:00:00:00"),
+            pl.callbacks.LearningRateMonitor(),
+            pl.callbacks.StochasticWeightAveraging(1e-3, swa_epoch_start=2),
+        ]
+
+    train(tmp_path, "run", callbacks=callbacks(), max_epochs=2)
+    resumed = train(tmp_path, "run", callbacks=callbacks(), resume=True)
+    assert len(resumed.history) == EPOCHS
+    assert resumed.trainer.early_stopping_callback.best_score < 1
+    assert len(resumed.trainer.checkpoint_callback.best_k_models) == 2
 
 
 def test_a_run_that_was_killed_in_its_test_is_tested(whole: Run, tmp_path: Path) -> None:

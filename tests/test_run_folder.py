@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from ray_mnist import RequestError
 from ray_mnist.errors import one_line
-from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name, scratch_folder
+from ray_mnist.run.folder import CHECKPOINT, CHECKSUM, RunFolder, checkpoint_name, scratch_folder
 from ray_mnist.run.records import metrics_csv, read_metrics, throughput, to_json
 
 pytestmark = pytest.mark.timeout(60)
@@ -172,6 +173,68 @@ def test_a_checkpoint_cut_off_anywhere_does_not_count(
     whole = folder.read(f"{checkpoint_name(2)}/{CHECKPOINT}")
     folder.write(f"{checkpoint_name(2)}/{CHECKPOINT}", whole[:keep])
     assert folder.checkpoints() == [checkpoint_name(1)]
+
+
+def altered(content: bytes) -> bytes:
+    """64 bytes flipped inside."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 64]) + content[middle + 64 :]
+
+
+def sound(folder: RunFolder) -> tuple[str | None, list[str]]:
+    """The newest sound checkpoint, and what is said of those that are passed over."""
+    said: list[str] = []
+    return folder.newest_sound_checkpoint(lambda location, why: said.append(f"{location} {why}")), said
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda content: b"", "is not complete"),
+        (lambda content: content[:-100], "is not complete"),
+        (altered, "has changed since it was written: its checksum is another"),
+    ],
+    ids=["empty", "cut off", "altered"],
+)
+def test_a_damaged_newest_checkpoint_is_passed_over_and_named(
+    folder: RunFolder, saved: Callable[[float], Path], damage: Callable[[bytes], bytes], why: str
+) -> None:
+    assert sound(folder) == (None, [])
+    for step in (1, 2):
+        folder.add_checkpoint(saved(step), checkpoint_name(step))
+    folder.write("checkpoint_manager.json", "")
+    assert sound(folder) == (checkpoint_name(2), [])
+    file = f"{checkpoint_name(2)}/{CHECKPOINT}"
+    folder.write(file, damage(folder.read(file)))
+    assert sound(folder) == (checkpoint_name(1), [f"{folder.location(checkpoint_name(2))} {why}"])
+    folder.fs.delete_file(folder.at(f"{checkpoint_name(1)}/{CHECKSUM}"))
+    assert sound(folder)[0] == checkpoint_name(1)  # as older runs wrote them
+
+
+def test_sha256sum_checks_a_checkpoint(local: RunFolder, saved: Callable[[float], Path]) -> None:
+    local.add_checkpoint(saved(1), checkpoint_name(1))
+    check = ["sha256sum", "--check", CHECKSUM]
+    done = subprocess.run(check, cwd=local.at(checkpoint_name(1)), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{CHECKPOINT}: OK\n")
+
+
+def test_a_checkpoint_in_place_of_another_is_never_measured_by_the_others_checksum(
+    saved: Callable[[float], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = in_memory()
+    folder.add_checkpoint(saved(1), checkpoint_name(1))
+
+    def killed(_: object) -> bytes:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ray_mnist.run.folder.checksum_line", killed)
+        with pytest.raises(OSError, match="killed"):
+            folder.add_checkpoint(saved(2), checkpoint_name(1))
+    assert sound(folder) == (checkpoint_name(1), [])
+    folder.add_checkpoint(saved(3), checkpoint_name(1))
+    assert sound(folder) == (checkpoint_name(1), [])
+    assert weight(folder, checkpoint_name(1)) == 3
 
 
 def test_a_folder_without_its_checkpoint_does_not_count(folder: RunFolder, saved: Callable[[float], Path]) -> None:

@@ -12,6 +12,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -511,7 +512,7 @@ GOOD = small_set()
     ("name", "content", "complaint"),
     [
         (IMAGES, GOOD[IMAGES][:-1], "holds 3,919 bytes where its header announces 3,920"),
-        (IMAGES, GOOD[IMAGES] + b"\0", "holds 3,921 bytes where its header announces 3,920"),
+        (IMAGES, GOOD[IMAGES] + b"\0", "holds more than the 3,920 bytes that its header announces"),
         (IMAGES, GOOD[IMAGES][:10], "is not an IDX file of unsigned bytes in 3 dimension(s)"),
         (IMAGES, GOOD[LABELS], "is not an IDX file of unsigned bytes in 3 dimension(s)"),
         (IMAGES, b"\0\0\x0d" + GOOD[IMAGES][3:], "is not an IDX file of unsigned bytes in 3 dimension(s)"),
@@ -533,6 +534,31 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, comp
     text = sentence(lambda: load("mnist", tmp_path))
     assert text.startswith(f"{tmp_path / name} {complaint}")
     assert "delete it to fetch it anew" in text
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["raw", "gz"])
+def test_sizes_that_overflow_are_refused_and_a_gzip_bomb_is_left_packed(
+    tmp_path: Path, pack: Callable[[bytes], bytes]
+) -> None:
+    bomb = GOOD[IMAGES] + bytes(50_000_000)
+    overflowing = bytes([0, 0, 8, 3]) + b"\xff" * 12 + bytes(50_000_000)
+    for content, complaint in (
+        (bomb, "holds more than the 3,920 bytes that its header announces"),
+        (
+            overflowing,
+            "announces 79,228,162,458,924,105,385,300,197,375 bytes in its header",
+        ),
+    ):
+        write(tmp_path, GOOD)
+        (tmp_path / IMAGES).unlink()
+        name = IMAGES if pack is bytes else f"{IMAGES}.gz"
+        write(tmp_path, {name: pack(content)})
+        tracemalloc.start()
+        text = sentence(lambda: load("mnist", tmp_path))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert text.startswith(f"{tmp_path / name} {complaint}")
+        assert peak < 5_000_000
 
 
 @pytest.mark.parametrize("name", MNIST_FILES)

@@ -14,7 +14,7 @@ from typing import TextIO
 from rich.console import Console
 
 from ray_mnist.errors import RequestError, TrainingError, one_line
-from ray_mnist.run.events import EpochEnded, Event, Printed, WorkersFailed, WorkerStarted
+from ray_mnist.run.events import CheckpointPassedOver, EpochEnded, Event, Printed, WorkersFailed, WorkerStarted
 from ray_mnist.run.outcome import Row
 from ray_mnist.run.records import LAST_COLUMNS, columns
 
@@ -61,6 +61,8 @@ class Display:
                     print(text, end="", file=getattr(sys, stream), flush=True)
                 case WorkerStarted(rank, log):
                     self.logs[rank] = log
+                case CheckpointPassedOver(location, why):
+                    say(f"passed over the checkpoint {location}: it {why}")
                 case WorkersFailed(ranks, message):
                     say(f"failure: {message}")
                     for rank in filter(self.logs.get, ranks):

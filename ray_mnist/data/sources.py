@@ -23,6 +23,7 @@ from torchvision.datasets import CIFAR10, KMNIST, MNIST, FashionMNIST  # no cost
 from ray_mnist.errors import RequestError
 
 MNIST_FILES = tuple(name.removesuffix(".gz") for name, _ in MNIST.resources)
+MAX_BYTES = 4_000_000_000  # of one file: what it announces is held in memory
 CIFAR10_FILES = (*(name for name, _ in CIFAR10.train_list + CIFAR10.test_list), CIFAR10.meta["filename"])
 
 
@@ -110,21 +111,29 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray[tuple[int, ...], np.dty
     """A file of unsigned bytes in the IDX format (LeCun et al., http://yann.lecun.com/exdb/mnist/).
 
     Two zeros, 8 for unsigned bytes, the number of dimensions; each dimension as a big-endian uint32; then
-    the data, last dimension fastest. Raises RequestError if the file is anything else, or holds nothing.
+    the data, last dimension fastest. Raises RequestError if the file is anything else, or holds nothing. No more of
+    it is read, or decompressed, than its header announces, and one byte.
     """
+    header = 4 + 4 * dimensions
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            head = stream.read(header)
+            if len(head) < header or head[:4] != bytes([0, 0, 8, dimensions]):
+                raise _damaged(path, f"is not an IDX file of unsigned bytes in {dimensions} dimension(s)")
+            shape = struct.unpack_from(f">{dimensions}I", head, 4)
+            announced = math.prod(shape)
+            if announced > MAX_BYTES:
+                raise _damaged(path, f"announces {announced:,} bytes in its header, and {MAX_BYTES:,} is the most")
+            content = stream.read(announced + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise _damaged(path, f"cannot be read ({error})") from error
-    header = 4 + 4 * dimensions
-    if len(content) < header or content[:4] != bytes([0, 0, 8, dimensions]):
-        raise _damaged(path, f"is not an IDX file of unsigned bytes in {dimensions} dimension(s)")
-    shape = struct.unpack_from(f">{dimensions}I", content, 4)
-    if len(content) - header != math.prod(shape):
-        raise _damaged(path, f"holds {len(content) - header:,} bytes where its header announces {math.prod(shape):,}")
+    if len(content) > announced:
+        raise _damaged(path, f"holds more than the {announced:,} bytes that its header announces")
+    if len(content) < announced:
+        raise _damaged(path, f"holds {len(content):,} bytes where its header announces {announced:,}")
     if shape[0] == 0:
         raise _damaged(path, "holds no samples")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
+    return np.frombuffer(content, np.uint8).reshape(shape).copy()
 
 
 def _read_cifar10(folder: Path) -> Images:

@@ -1,6 +1,7 @@
 """What is added to a strategy, whoever made it, Lightning, Ray or the user: a subclass of its class takes it over."""
 
 import os
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +13,7 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from ray_mnist.distributed.loaders import shard_loader
 from ray_mnist.run.folder import fetched, scratch_path
+from ray_mnist.run.trust import refused
 
 
 def extend(strategy: Any, mixin: type[Any], **attributes: Any) -> None:
@@ -81,9 +83,12 @@ class LoadsOncePerNode(Strategy):
     """Has a checkpoint in an object store downloaded once on each node, and there only while it is being loaded."""
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Loads it, from a path or a URI."""
+        """Loads it, from a path or a URI. Raises RequestError if `weights_only` keeps something out."""
         with on_each_node(self, str(checkpoint_path)) as path:
-            return super().load_checkpoint(path, weights_only)
+            try:
+                return super().load_checkpoint(path, weights_only)
+            except pickle.UnpicklingError as error:
+                raise refused(str(checkpoint_path)) from error
 
 
 @contextmanager

@@ -37,5 +37,13 @@ class WorkersFailed:
     message: str
 
 
-Event = EpochEnded | Printed | WorkerStarted | WorkersFailed
+@dataclass(frozen=True)
+class CheckpointPassedOver:
+    """The run does not go on from the checkpoint at this path or URI, which would be the newest: `why`, in words."""
+
+    location: str
+    why: str
+
+
+Event = EpochEnded | Printed | WorkerStarted | WorkersFailed | CheckpointPassedOver
 Tell = Callable[[Event], None]  # never waits for long, and never fails: news must not harm a run

@@ -1,13 +1,14 @@
 """The run folder: checkpoints, metrics and result, in a local folder or in an object store."""
 
 import fcntl
+import hashlib
 import os
 import posixpath
 import shutil
 import tempfile
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,19 @@ import pyarrow.fs
 from ray_mnist.errors import RequestError, one_line
 
 CHECKPOINT = "checkpoint.ckpt"
+CHECKSUM = f"{CHECKPOINT}.sha256"  # as sha256sum writes it, and checks it with -c
+READ_BYTES = 8 << 20  # at a time: an object store is asked anew for each
 SCRATCH = "ray_mnist-scratch-"  # what the names of temporary folders begin with
 
 
 def checkpoint_name(step: int) -> str:
     """The folder of the checkpoint taken after `step` optimizer steps; names sort as steps do."""
     return f"checkpoint_{step:09d}"
+
+
+def checksum_line(file: Any) -> bytes:
+    """What `CHECKSUM` holds for a checkpoint's file that is open, read to its end."""
+    return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {CHECKPOINT}\n".encode()
 
 
 class RunFolder:
@@ -111,9 +119,38 @@ class RunFolder:
 
     def checkpoints(self) -> list[str]:
         """The names of the complete checkpoints, newest first."""
+        return [name for name in self._checkpoint_folders() if self._whole(name)]
+
+    def newest_sound_checkpoint(self, passed_over: Callable[[str, str], None]) -> str | None:
+        """The newest checkpoint that is as it was written; None if there is none.
+
+        The file is read to its end. One that has no checksum, as of an older run, counts if it is complete.
+
+        Args:
+            passed_over: takes the location of each newer one, and what is wrong with it.
+        """
+        for name in self._checkpoint_folders():
+            if not self._whole(name):
+                passed_over(self.location(name), "is not complete")
+            elif not self._as_written(name):
+                passed_over(self.location(name), "has changed since it was written: its checksum is another")
+            else:
+                return name
+        return None
+
+    def _checkpoint_folders(self) -> list[str]:
+        """The names of all checkpoints, whatever state they are in, newest first."""
         selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
-        names = [posixpath.basename(info.path) for info in self.fs.get_file_info(selector)]
-        return [name for name in sorted(names, reverse=True) if name.startswith("checkpoint_") and self._whole(name)]
+        found = [info for info in self.fs.get_file_info(selector) if info.type == pyarrow.fs.FileType.Directory]
+        names = sorted((posixpath.basename(info.path) for info in found), reverse=True)
+        return [name for name in names if name.startswith("checkpoint_")]
+
+    def _as_written(self, name: str) -> bool:
+        file = f"{name}/{CHECKSUM}"
+        if not self.has(file):
+            return True
+        with self.fs.open_input_stream(self.at(f"{name}/{CHECKPOINT}"), buffer_size=READ_BYTES) as stream:
+            return self.read(file) == checksum_line(stream)
 
     def _whole(self, name: str) -> bool:
         file = f"{name}/{CHECKPOINT}"
@@ -127,14 +164,23 @@ class RunFolder:
     def add_checkpoint(self, source: str | Path, name: str) -> str:
         """Takes the folder `source` in as checkpoint `name`, whole or not at all; returns its path on `self.fs`.
 
-        One of `new_checkpoint` is moved where that can be, any other is copied.
+        One of `new_checkpoint` is moved where that can be, any other is copied. Its file gets a checksum beside it.
         """
         target = self.at(name)
         is_aside = self.is_local and Path(source).parent == Path(self.path)
         aside = str(source) if is_aside else self._aside(name) if self.is_local else target
+        checksum = posixpath.join(aside, CHECKSUM)
         if not is_aside:
             self.fs.create_dir(aside)
+            # A kill leaves a new file without a checksum, and never one with that of the file it takes the place of.
+            if not self.is_local and self.has(f"{name}/{CHECKSUM}"):
+                self.fs.delete_file(checksum)
             pyarrow.fs.copy_files(str(source), aside, destination_filesystem=self.fs)
+        if Path(source, CHECKPOINT).is_file():  # strategies of the user's may make it a folder
+            with open(Path(source, CHECKPOINT), "rb") as file:
+                line = checksum_line(file)
+            with self.fs.open_output_stream(checksum) as stream:
+                stream.write(line)
         if self.is_local:
             shutil.rmtree(target, ignore_errors=True)
             os.rename(aside, target)

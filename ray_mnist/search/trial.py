@@ -190,7 +190,7 @@ def test_winner(plan: Plan, parameters: dict[str, Any], checkpoint: str) -> list
     """The test metrics of a trial's checkpoint, one dictionary a loader, on one worker; none if there is no test."""
     go_to(plan.folder)
     torch.set_num_threads(plan.config.cpus_per_worker or 1)
-    job = replace(plan.job(parameters, ""), task="test", checkpoint=checkpoint, weights_only=False, with_test=True)
+    job = replace(plan.job(parameters, ""), task="test", checkpoint=checkpoint, with_test=True)
     if not can_test(job):
         return []
     tested = run(job, LocalContext(job, plan.config.use_gpu, lambda event: None))
