@@ -7,6 +7,7 @@ from typing import Any
 from ray_mnist.errors import RequestError
 
 MAX_SEED = 2**32 - 1  # NumPy's
+ONE_NUMBER = "is not possible: a run keeps as many workers as it starts with, give one number"
 
 
 def _option(default: Any, text: str) -> Any:
@@ -45,6 +46,8 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.num_workers, list | tuple):
+            raise RequestError(f"--num-workers {self.num_workers} {ONE_NUMBER}.")
         self._at_least("num_workers", 0)
         self._at_least("tpu_cores", 0)
         self._at_least("max_epochs", 1)

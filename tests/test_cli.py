@@ -82,6 +82,12 @@ REFUSED = {
     "unknown option": (["--nope"], ["--nope", HELP]),
     "workers -1": (["--num-workers", "-1"], ["--num-workers -1", "at least 0"]),
     "workers x": (["--num-workers", "x"], ["--num-workers", "x", "int", HELP]),
+    "workers from 2 to 4": (["--num-workers", "2:4"], ["--num-workers 2:4", "give one number", HELP]),
+    "workers of a file": (["--config", "range.yaml"], ["range.yaml", "--num-workers 2:4", "give one number", HELP]),
+    "batch 1:30": (["--batch-size", "1:30"], ["--data.batch_size", "1:30", "int", HELP]),
+    "batch of a file": (["--config", "batch.yaml"], ["batch.yaml", "--data.batch_size", "1:30", "int", HELP]),
+    "seed 1:30": (["--seed", "1:30"], ["--seed", "1:30", "int", HELP]),
+    "lr 1:30.5": (["--lr", "1:30.5"], ["--model.lr", "1:30.5", "float", HELP]),
     "no epochs": (["--max-epochs", "0"], ["--max-epochs 0", "at least 1"]),
     "seed -1": (["--seed", "-1"], ["--seed -1", "at least 0"]),
     "seed too large": (["--seed", "4294967296"], ["--seed 4294967296", "at most 4294967295"]),
@@ -130,6 +136,8 @@ def test_bad_input_is_one_sentence(run: Run, tmp_path: Path, arguments: list[str
     (tmp_path / "file").touch()
     (tmp_path / "old/run").mkdir(parents=True)
     (tmp_path / "broken.yaml").write_text("seed: [1\n")
+    (tmp_path / "range.yaml").write_text("num_workers: 2:4\n")
+    (tmp_path / "batch.yaml").write_text("data: {class_path: MNISTDataModule, init_args: {batch_size: 1:30}}\n")
     (tmp_path / "unknown.yaml").write_text("nope: 3\n")
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
     before = everything_in(tmp_path)
