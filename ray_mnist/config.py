@@ -41,6 +41,7 @@ class RunConfig:
     checkpoint_every_n_steps: int | None = _option(
         None, "also checkpoint every so many optimizer steps, not only after each epoch"
     )
+    allow_nan: bool = _option(False, "go on when the loss is NaN or infinite, which otherwise ends the run")
     address: str | None = _option(
         None, "the Ray cluster to join (default: the one this machine is part of, or else a new local one)"
     )

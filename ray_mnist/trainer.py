@@ -95,7 +95,7 @@ class Trainer:
 
         Raises:
             RequestError: the run cannot start; nothing was written.
-            TrainingError: training failed on the cluster.
+            TrainingError: training failed on the cluster, or the loss is not finite any more.
         """
         started = time.time()
         data = data_of(datamodule, train_dataloaders=train_dataloaders, val_dataloaders=val_dataloaders)
@@ -249,6 +249,7 @@ class Trainer:
             name=name,
             seed=self.config.seed,
             checkpoint_every_n_steps=self.config.checkpoint_every_n_steps,
+            allow_nan=self.config.allow_nan,
             checkpoint=checkpoint,
             weights_only=False if own else weights_only,
             lightning=self.lightning,

@@ -11,7 +11,7 @@ from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from ray_mnist.callbacks import Mistakes, Randomness, Recorder
+from ray_mnist.callbacks import FiniteLoss, Mistakes, Randomness, Recorder
 from ray_mnist.distributed.collectives import gather
 from ray_mnist.distributed.draws import SameDraws, compare_draws
 from ray_mnist.distributed.loaders import LossWeighting, resumable_loaders
@@ -33,8 +33,8 @@ class Job:
 
     `task` is fit, validate, test or predict; `data` has the arguments that give Lightning's method of that name its
     data; `checkpoint` is the path or URI of the one to start from; `monitor` is the metric that chooses the best
-    checkpoint, and its mode, if not the ModelCheckpoint's of the user; `with_test` has a fit end in the test;
-    `return_predictions` is what Lightning's `predict` makes of it.
+    checkpoint, and its mode, if not the ModelCheckpoint's of the user; `allow_nan` has a fit go on with any loss;
+    `with_test` has it end in the test; `return_predictions` is what Lightning's `predict` makes of it.
     """
 
     task: str
@@ -47,6 +47,7 @@ class Job:
     checkpoint: str | None = None
     weights_only: bool | None = None
     monitor: tuple[str, str] | None = None
+    allow_nan: bool = False
     with_test: bool = True
     return_predictions: bool | None = None
     lightning: dict[str, Any] = field(default_factory=dict)
@@ -114,7 +115,11 @@ def shard_too_small(world_size: int) -> RequestError:
 
 
 def fit(job: Job, context: WorkerContext) -> Outcome:
-    """Trains, resuming from the run folder's newest checkpoint if it has one, then tests the best checkpoint."""
+    """Trains, resuming from the run folder's newest checkpoint if it has one, then tests the best checkpoint.
+
+    Raises:
+        TrainingError: the loss or a weight is not finite any more.
+    """
     started = time.time()
     folder = job.folder
 
@@ -128,7 +133,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
 
     monitor, mode = job.monitor or monitor_of(job.lightning["callbacks"])
     recorder = Recorder(folder, report, job.checkpoint_every_n_steps, monitor, mode)
-    trainer: Any = make_trainer(job, context, recorder)
+    trainer: Any = make_trainer(job, context, *([] if job.allow_nan else [FiniteLoss()]), recorder)
     newest = trainer.strategy.broadcast(next(iter(folder.checkpoints()), None) if trainer.is_global_zero else None)
     path = folder.location(newest) if newest else job.checkpoint
     clock = time.monotonic()

@@ -227,6 +227,15 @@ def test_a_full_disk(run: Run, full_disk: Path) -> None:
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def test_training_that_diverges_has_status_1(run: Run) -> None:
+    status, _, err = run(*DIGITS, "--lr", "1e30")
+    assert status == 1
+    assert err.startswith(
+        "error: training failed: diverged: the loss is nan in step 2 on rank 0, with learning rate 1e+30"
+    )
+    assert err.count("\n") == 1
+
+
 def test_a_process_ends_with_the_sentence(command: Command, tmp_path: Path) -> None:
     done = command("--nope", timeout=60)
     assert_refused((done.returncode, done.stdout, done.stderr), "--nope", HELP)
@@ -271,7 +280,7 @@ def test_help_lists_every_option(run: Run, capsys: pytest.CaptureFixture[str]) -
     options = [flag(option.name) for option in dataclasses.fields(RunConfig)]
     assert end.value.code == 0
     assert [option for option in [*options, "--config", *parser.SHORT] if option not in words] == []
-    assert len(options) == 13
+    assert len(options) == 14
 
 
 @pytest.mark.parametrize("name", early.OURS)
