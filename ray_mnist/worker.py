@@ -15,7 +15,7 @@ from ray_mnist.callbacks import FiniteLoss, Mistakes, Randomness, Recorder
 from ray_mnist.distributed.collectives import gather
 from ray_mnist.distributed.draws import SameDraws, compare_draws
 from ray_mnist.distributed.loaders import LossWeighting, resumable_loaders
-from ray_mnist.distributed.metrics import MetricSync
+from ray_mnist.distributed.metrics import EpochSoFar, MetricSync
 from ray_mnist.distributed.serialization import fingerprints, public_state, sendable
 from ray_mnist.distributed.sharding import interleave
 from ray_mnist.distributed.strategy import LoadsOncePerNode, extend, shard_loaders
@@ -133,7 +133,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
 
     monitor, mode = job.monitor or monitor_of(job.lightning["callbacks"])
     recorder = Recorder(folder, report, job.checkpoint_every_n_steps, monitor, mode)
-    trainer: Any = make_trainer(job, context, *([] if job.allow_nan else [FiniteLoss()]), recorder)
+    trainer: Any = make_trainer(job, context, EpochSoFar(), *([] if job.allow_nan else [FiniteLoss()]), recorder)
     newest = trainer.strategy.broadcast(next(iter(folder.checkpoints()), None) if trainer.is_global_zero else None)
     path = folder.location(newest) if newest else job.checkpoint
     clock = time.monotonic()
