@@ -1,13 +1,14 @@
 """What goes along with a worker's training.
 
-Recorder measures, checkpoints and reports; Randomness seeds each step; Mistakes looks at the test.
+Recorder measures, checkpoints and reports; FiniteLoss ends what diverges; Randomness seeds each step; Mistakes looks at
+the test.
 """
 
 import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from ray_mnist.distributed.collectives import gather, total
 from ray_mnist.distributed.loaders import samples_seen
 from ray_mnist.distributed.sharding import seed_cpu
+from ray_mnist.errors import TrainingError
 from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name
 from ray_mnist.run.outcome import Row
 from ray_mnist.run.trust import check_saved, keep_plain_hyperparameters
@@ -158,6 +160,56 @@ class Recorder(Checkpoint):
 def versions(module: LightningModule) -> list[int]:
     """How often each weight was written to."""
     return [weight._version for weight in module.parameters()]
+
+
+class FiniteLoss(Callback):
+    """Ends the training where the loss, or at a checkpoint a weight, is not finite any more.
+
+    Each rank looks at its own, for a look at another's would be a collective in each step. When one raises, the others
+    are ended as after any error. A checkpoint cannot be complete then: all ranks have to look before they save one.
+    """
+
+    LOOK_EVERY = 50  # batches: a look waits for a device that is not the CPU
+
+    def __init__(self) -> None:
+        self.unseen: list[tuple[int, Any, Tensor]] = []  # step, learning rate and loss
+        self.step, self.rate = 0, None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keeps the learning rate, which is the next step's when the batch ends."""
+        self.step = trainer.global_step + 1
+        self.rate = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes the loss of what `training_step` returned; nothing else is the same thing in all models."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self.unseen.append((self.step, self.rate, loss.detach()))
+            if loss.device.type == "cpu" or len(self.unseen) == self.LOOK_EVERY:
+                self._look(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Looks before anybody saves: what comes of a loss that was finite may be weights that are not."""
+        self._look(trainer)
+        if not all(weight.detach().isfinite().all() for weight in pl_module.parameters() if weight.requires_grad):
+            raise diverged(f"a weight is not finite after step {trainer.global_step}", trainer, self.rate)
+
+    def _look(self, trainer: Trainer) -> None:
+        unseen, self.unseen = self.unseen, []
+        for step, rate, loss in unseen:
+            if not math.isfinite(value := loss.item()):
+                raise diverged(f"the loss is {value} in step {step}", trainer, rate)
+
+
+def diverged(what: str, trainer: Trainer, rate: Any) -> TrainingError:
+    """The sentence, with the learning rate of the step."""
+    at = "" if rate is None else f", with learning rate {float(rate):g}"
+    return TrainingError(
+        f"diverged: {what} on rank {trainer.global_rank}{at}: checkpoints from before are kept, use a lower rate, or "
+        "--allow-nan to go on all the same."
+    )
 
 
 class Randomness(Callback):

@@ -7,6 +7,7 @@ from typing import Any
 from ray_mnist.errors import RequestError
 
 MAX_SEED = 2**32 - 1  # NumPy's
+ONE_NUMBER = "is not possible: a run keeps as many workers as it starts with, give one number"
 
 
 def _option(default: Any, text: str) -> Any:
@@ -40,11 +41,14 @@ class RunConfig:
     checkpoint_every_n_steps: int | None = _option(
         None, "also checkpoint every so many optimizer steps, not only after each epoch"
     )
+    allow_nan: bool = _option(False, "go on when the loss is NaN or infinite, which otherwise ends the run")
     address: str | None = _option(
         None, "the Ray cluster to join (default: the one this machine is part of, or else a new local one)"
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.num_workers, list | tuple):
+            raise RequestError(f"--num-workers {self.num_workers} {ONE_NUMBER}.")
         self._at_least("num_workers", 0)
         self._at_least("tpu_cores", 0)
         self._at_least("max_epochs", 1)

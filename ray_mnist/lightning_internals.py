@@ -117,6 +117,42 @@ def epoch_parts(trainer: pl.Trainer) -> dict[str, MetricPart]:
     }
 
 
+def collected(trainer: pl.Trainer) -> dict[str, MetricPart]:
+    """What each value of the training epoch has collected on this worker: of a mean, the sum and its weight."""
+    return {
+        key: (
+            metric.meta.reduce_fx.__name__,
+            metric.value.cpu(),
+            float(metric.cumulated_batch_size) if metric.meta.is_mean_reduction else 0.0,
+        )
+        for key, metric in logged_values(trainer.fit_loop.epoch_loop._results).items()
+        if metric.meta.on_epoch
+    }
+
+
+def collect_on(trainer: pl.Trainer, before: dict[str, MetricPart]) -> None:
+    """Has values that are logged go on from what they had collected `before`, which loses each that is taken.
+
+    Lightning makes a metric as it is logged, and forgets at an epoch's first batch what a metric has collected.
+    """
+    results: Any = trainer.fit_loop.epoch_loop._results
+    log = results.log
+
+    def log_on(fx: str, name: str, *arguments: Any, **named: Any) -> None:
+        log(fx, name, *arguments, **named)
+        if found := before.pop(f"{fx}.{name}", None):
+            metric = results[f"{fx}.{name}"]
+            kind, value, weight = found
+            metric.carried = {"value": value.to(metric.value.device)}
+            if kind == "mean":
+                metric.carried["cumulated_batch_size"] = metric.cumulated_batch_size.new_tensor(weight)
+                metric.cumulated_batch_size = metric.cumulated_batch_size + metric.carried["cumulated_batch_size"]
+            add: Any = {"min": torch.minimum, "max": torch.maximum}.get(kind, torch.add)
+            metric.value = add(metric.carried["value"], metric.value)
+
+    results.log = log_on
+
+
 def set_epoch_value(trainer: pl.Trainer, key: str, value: Tensor) -> None:
     """Puts the total over all workers where this worker's part was."""
     metric = logged_values(trainer._results)[key]
@@ -164,7 +200,8 @@ def metric_states(trainer: pl.Trainer) -> dict[int, dict[str, Any]]:
 
 
 def restore_metric_states(trainer: pl.Trainer, states: dict[int, dict[str, Any]]) -> None:
-    """Takes the metrics back to these states; one that was not there then has collected nothing."""
+    """Takes the metrics back to these states; one that was not there then has collected what it was to go on from."""
     for metric in metrics_of(trainer):
         state = states.get(id(metric))
-        vars(metric).update(copy.deepcopy(metric._defaults) if state is None else state, _computed=None)
+        first = metric._defaults | getattr(metric, "carried", {})
+        vars(metric).update(copy.deepcopy(first) if state is None else state, _computed=None)

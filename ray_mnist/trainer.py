@@ -99,7 +99,7 @@ class Trainer:
 
         Raises:
             RequestError: the run cannot start, and nothing was written, or cannot go on, and its checkpoints are kept.
-            TrainingError: training failed on the cluster.
+            TrainingError: training failed on the cluster, or the loss is not finite any more.
         """
         started = time.time()
         data = data_of(datamodule, train_dataloaders=train_dataloaders, val_dataloaders=val_dataloaders)
@@ -252,6 +252,7 @@ class Trainer:
             name=name,
             seed=self.config.seed,
             checkpoint_every_n_steps=self.config.checkpoint_every_n_steps,
+            allow_nan=self.config.allow_nan,
             checkpoint=self._checkpoint(ckpt_path),
             weights_only=weights_only is not False,
             lightning=self.lightning,

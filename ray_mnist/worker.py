@@ -13,11 +13,11 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from ray_mnist.callbacks import Mistakes, Randomness, Recorder
+from ray_mnist.callbacks import FiniteLoss, Mistakes, Randomness, Recorder
 from ray_mnist.distributed.collectives import gather
 from ray_mnist.distributed.draws import SameDraws, compare_draws
 from ray_mnist.distributed.loaders import LossWeighting, resumable_loaders
-from ray_mnist.distributed.metrics import MetricSync
+from ray_mnist.distributed.metrics import EpochSoFar, MetricSync
 from ray_mnist.distributed.serialization import fingerprints, public_state, sendable
 from ray_mnist.distributed.sharding import interleave
 from ray_mnist.distributed.strategy import LoadsOncePerNode, extend, shard_loaders
@@ -35,9 +35,9 @@ class Job:
 
     `task` is fit, validate, test or predict; `data` has the arguments that give Lightning's method of that name its
     data; `checkpoint` is the path or URI of the one to start from, and `weights_only=False` loads whatever it
-    holds; `monitor` is the metric that chooses the best
-    checkpoint, and its mode, if not the ModelCheckpoint's of the user; `with_test` has a fit end in the test;
-    `return_predictions` is what Lightning's `predict` makes of it.
+    holds; `monitor` is the metric that chooses the best checkpoint, and its mode, if not the ModelCheckpoint's of the
+    user; `allow_nan` has a fit go on with any loss; `with_test` has it end in the test; `return_predictions` is what
+    Lightning's `predict` makes of it.
     """
 
     task: str
@@ -50,6 +50,7 @@ class Job:
     checkpoint: str | None = None
     weights_only: bool = True
     monitor: tuple[str, str] | None = None
+    allow_nan: bool = False
     with_test: bool = True
     return_predictions: bool | None = None
     lightning: dict[str, Any] = field(default_factory=dict)
@@ -117,7 +118,11 @@ def shard_too_small(world_size: int) -> RequestError:
 
 
 def fit(job: Job, context: WorkerContext) -> Outcome:
-    """Trains, resuming from the run folder's newest sound checkpoint if it has one, then tests the best checkpoint."""
+    """Trains, resuming from the run folder's newest sound checkpoint if it has one, then tests the best checkpoint.
+
+    Raises:
+        TrainingError: the loss or a weight is not finite any more.
+    """
     started = time.time()
     folder = job.folder
 
@@ -131,7 +136,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
 
     monitor, mode = job.monitor or monitor_of(job.lightning["callbacks"])
     recorder = Recorder(folder, report, job.checkpoint_every_n_steps, monitor, mode)
-    trainer: Any = make_trainer(job, context, recorder)
+    trainer: Any = make_trainer(job, context, EpochSoFar(), *([] if job.allow_nan else [FiniteLoss()]), recorder)
     if trainer.is_global_zero:
         recorder.newest = folder.newest_sound_checkpoint(
             lambda location, why: context.tell(CheckpointPassedOver(location, why))

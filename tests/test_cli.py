@@ -82,6 +82,12 @@ REFUSED = {
     "unknown option": (["--nope"], ["--nope", HELP]),
     "workers -1": (["--num-workers", "-1"], ["--num-workers -1", "at least 0"]),
     "workers x": (["--num-workers", "x"], ["--num-workers", "x", "int", HELP]),
+    "workers from 2 to 4": (["--num-workers", "2:4"], ["--num-workers 2:4", "give one number", HELP]),
+    "workers of a file": (["--config", "range.yaml"], ["range.yaml", "--num-workers 2:4", "give one number", HELP]),
+    "batch 1:30": (["--batch-size", "1:30"], ["--data.batch_size", "1:30", "int", HELP]),
+    "batch of a file": (["--config", "batch.yaml"], ["batch.yaml", "--data.batch_size", "1:30", "int", HELP]),
+    "seed 1:30": (["--seed", "1:30"], ["--seed", "1:30", "int", HELP]),
+    "lr 1:30.5": (["--lr", "1:30.5"], ["--model.lr", "1:30.5", "float", HELP]),
     "no epochs": (["--max-epochs", "0"], ["--max-epochs 0", "at least 1"]),
     "seed -1": (["--seed", "-1"], ["--seed -1", "at least 0"]),
     "seed too large": (["--seed", "4294967296"], ["--seed 4294967296", "at most 4294967295"]),
@@ -130,6 +136,8 @@ def test_bad_input_is_one_sentence(run: Run, tmp_path: Path, arguments: list[str
     (tmp_path / "file").touch()
     (tmp_path / "old/run").mkdir(parents=True)
     (tmp_path / "broken.yaml").write_text("seed: [1\n")
+    (tmp_path / "range.yaml").write_text("num_workers: 2:4\n")
+    (tmp_path / "batch.yaml").write_text("data: {class_path: MNISTDataModule, init_args: {batch_size: 1:30}}\n")
     (tmp_path / "unknown.yaml").write_text("nope: 3\n")
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
     before = everything_in(tmp_path)
@@ -219,6 +227,15 @@ def test_a_full_disk(run: Run, full_disk: Path) -> None:
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def test_training_that_diverges_has_status_1(run: Run) -> None:
+    status, _, err = run(*DIGITS, "--lr", "1e30")
+    assert status == 1
+    assert err.startswith(
+        "error: training failed: diverged: the loss is nan in step 2 on rank 0, with learning rate 1e+30"
+    )
+    assert err.count("\n") == 1
+
+
 def test_a_process_ends_with_the_sentence(command: Command, tmp_path: Path) -> None:
     done = command("--nope", timeout=60)
     assert_refused((done.returncode, done.stdout, done.stderr), "--nope", HELP)
@@ -263,7 +280,7 @@ def test_help_lists_every_option(run: Run, capsys: pytest.CaptureFixture[str]) -
     options = [flag(option.name) for option in dataclasses.fields(RunConfig)]
     assert end.value.code == 0
     assert [option for option in [*options, "--config", *parser.SHORT] if option not in words] == []
-    assert len(options) == 13
+    assert len(options) == 14
 
 
 @pytest.mark.parametrize("name", early.OURS)

@@ -138,6 +138,8 @@ class Looks(pl.Callback):
             *(f"{metric}.meta.{name}" for name in ("is_mean_reduction", "reduce_fx.__name__", "sync.should")),
             *(f"{metric}.meta.{name}" for name in ("name", "forked_name", "logger", "prog_bar")),
             "trainer.checkpoint_callbacks[0]._every_n_train_steps",
+            "trainer.fit_loop.epoch_progress.current.processed",
+            "trainer.fit_loop.epoch_progress.current.ready",
         ):
             self.looked += 1
             try:

@@ -341,15 +341,15 @@ def test_the_best_is_chosen_among_the_epochs_that_were_validated(tmp_path: Path,
 
 
 def assert_same_training(run: Run, whole: Run) -> None:
-    """The same weights, bit for bit, and the same validation after every epoch."""
+    """The same weights, bit for bit, and the same loss and validation after every epoch."""
     weights, expected = run.model.state_dict(), whole.model.state_dict()
     assert list(weights) == list(expected)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    validated = ("epoch", "step", "val_loss", "val_accuracy")
-    assert [[row[name] for name in validated] for row in run.history] == [
-        [row[name] for name in validated] for row in whole.history
+    measured = ("epoch", "step", "train_loss", "val_loss", "val_accuracy")
+    assert [[row[name] for name in measured] for row in run.history] == [
+        [row[name] for name in measured] for row in whole.history
     ]
-    same = ("steps", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "best_checkpoint")
+    same = ("steps", "train_loss", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "best_checkpoint")
     assert {key: run.result[key] for key in same} == {key: whole.result[key] for key in same}
 
 

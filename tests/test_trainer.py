@@ -229,6 +229,11 @@ def test_arguments_that_mean_nothing_on_ray_are_refused(
     assert "\n" not in str(refusal.value)
 
 
+def test_a_range_of_workers_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"--num-workers \(2, 4\) is not possible: .* give one number\."):
+        Trainer(num_workers=(2, 4))
+
+
 @pytest.mark.parametrize(
     "arguments", [{"devices": 1}, {"devices": "auto"}, {"accelerator": "cpu"}, {"strategy": "ddp"}, {"num_nodes": 1}]
 )

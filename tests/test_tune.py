@@ -235,7 +235,7 @@ def test_failed_trials_are_rows_with_their_reasons_and_the_best_of_the_rest_wins
     assert status[0.005] == status[1e-6] == "done"
     assert status[0.125].startswith("failed: killed")
     assert status[0.25] == "failed: ValueError: a bug at 0.25"
-    assert status[1e30].startswith("failed: diverged: val_loss is")
+    assert status[1e30].startswith("failed: diverged: the loss is")
     assert (result.values["trials"], result.values["failed"]) == (5, 3)
     assert result.values["parameters"] == {"model.lr": 0.005}
     assert result.values["test_accuracy"] > 0.9

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse._loaders_dumpers import get_yaml_default_loader  # what it reads every number with
 
-from ray_mnist.config import OPTIONS, RunConfig, flag
+from ray_mnist.config import ONE_NUMBER, OPTIONS, RunConfig, flag
 from ray_mnist.errors import RequestError, one_line
 from ray_mnist.run.folder import RunFolder
 
@@ -23,6 +24,21 @@ UNKNOWN_CLASS = "neither one of ours (SimpleModel, ConvModel, MNISTDataModule) n
 DEFAULT_CLASSES = {"model": "SimpleModel", "data": "MNISTDataModule"}
 BASES = {"model": "LightningModule", "data": "LightningDataModule"}
 SHORT = {"--lr": "--model.lr", "--batch-size": "--data.batch_size", "--dataset": "--data.dataset"}
+
+
+def decimal_or_text(loader: Any, node: Any) -> int | float | str:
+    """A number as people write it: YAML 1.1, which PyYAML follows, takes 2:4 for 124 and 010 for 8."""
+    text = node.value
+    if ":" in text:
+        return str(text)
+    if text.lstrip("+-").isdigit():
+        return int(text)
+    number: int | float = yaml.SafeLoader.yaml_constructors[node.tag](loader, node)
+    return number
+
+
+for tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+    get_yaml_default_loader().add_constructor(tag, decimal_or_text)
 
 
 class Parser(ArgumentParser):
@@ -54,7 +70,8 @@ def sentence(message: str) -> str:
         line = f"--{option}.{inner[1].replace('-', '_')}: {inner[2]}" if inner else f"{flag(option)}{given}: {reason}"
     line = re.sub(r"Expected a dot import path string: \S+", UNKNOWN_CLASS, line)
     line = re.sub(r'Parser key "([^"]+)"', lambda key: flag(key[1]), line)
-    return re.sub(r"<class '(\w+)'>", r"\1", line)
+    line = re.sub(r"<class '(\w+)'>", r"\1", line)
+    return re.sub(r"--num-workers: Expected a int\. Got value: (.*:.*)$", rf"--num-workers \1 {ONE_NUMBER}", line)
 
 
 def make_options(module: str, description: str, short: bool = True) -> Parser:

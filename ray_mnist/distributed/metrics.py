@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ray_mnist import lightning_internals
+from ray_mnist.distributed.collectives import gather
 from ray_mnist.distributed.loaders import LossWeighting
 from ray_mnist.lightning_internals import MetricPart
 
@@ -63,6 +64,47 @@ class MetricSync(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """For callbacks that go, after the validation, by what the step before it logged."""
         sync_step_metrics(trainer)
+
+
+class EpochSoFar(pl.Callback):
+    """Makes what the values of an epoch have collected part of a checkpoint inside it: a resumed epoch goes on from it.
+
+    Each rank goes on from its own; on another number of ranks, rank 0 from all. Two things are not kept: objects of
+    torchmetrics, which begin anew in the rest of the epoch, and values that the rest of it does not log.
+    """
+
+    KEY = "ray_mnist_epoch_so_far"
+
+    def __init__(self) -> None:
+        self.before: dict[str, MetricPart] = {}
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Gathers; with an epoch's last batch there is nothing to go on from."""
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        inside = progress.processed < progress.ready and not trainer.is_last_batch
+        checkpoint[self.KEY] = gather(trainer, lightning_internals.collected(trainer) if inside else {})
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Takes this rank's."""
+        ranks: list[dict[str, MetricPart]] = checkpoint.get(self.KEY, [])
+        if len(ranks) == trainer.world_size:
+            self.before = dict(ranks[trainer.global_rank])
+        elif trainer.is_global_zero:
+            keys = {key: None for parts in ranks for key in parts}
+            self.before = {key: add_parts([parts[key] for parts in ranks if key in parts]) for key in keys}
+        lightning_internals.collect_on(trainer, self.before)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Forgets it: a new epoch starts, which one that is resumed does not."""
+        self.before.clear()
+
+
+def add_parts(parts: list[MetricPart]) -> MetricPart:
+    """What all ranks together have collected."""
+    kind, first, _ = parts[0]
+    reduce: Any = {"min": torch.amin, "max": torch.amax}.get(kind, torch.sum)
+    value = reduce(torch.stack([value.double() for _, value, _ in parts]), 0).to(first.dtype)
+    return kind, value, sum(weight for *_, weight in parts)
 
 
 def rate_follows_steps(trainer: pl.Trainer) -> bool:

@@ -77,7 +77,7 @@ def is_bug(error: Exception) -> bool:
     Whatever is not known may be a machine's: a GPU's memory, a data loader's worker that was killed, a network, a disk.
     torch has no other error for those than for tensors that do not fit: a RuntimeError, whose message tells.
     """
-    if isinstance(error, RequestError):
+    if isinstance(error, RequestError | TrainingError):
         return True
     if not raised_by_training(error) or isinstance(error, RayError | OSError):
         return False
@@ -103,6 +103,8 @@ def describe(rank: int, error: Exception) -> TrainingError:
     """The failure of one worker."""
     if not raised_by_training(error):
         return TrainingError(f"worker {rank} died: killed, out of memory, or its machine is gone", str(error))
+    if isinstance(error, TrainingError):
+        return error
     message = f"worker {rank}: {type(error).__name__}: {one_line(error)[:300]}"
     return TrainingError(message, "\n".join(error.__notes__))
 

@@ -196,7 +196,7 @@ def run_on_core(rank: int, packed: bytes, cores: int, address: Address, folder: 
             Path(folder, OUTCOME).write_bytes(cloudpickle.dumps(outcome))
         dist.barrier()
     except BaseException as error:
-        if not isinstance(error, RequestError):
+        if not isinstance(error, RequestError | TrainingError):
             message = f"core {rank}: {type(error).__name__}: {one_line(error)[:300]}"
             error = TrainingError(message, traceback.format_exc())
         Path(folder, f"{ERROR}-{rank}").write_bytes(pickle.dumps(error))

@@ -59,6 +59,7 @@ class Plan:
             name=name,
             seed=self.config.seed,
             checkpoint_every_n_steps=self.config.checkpoint_every_n_steps,
+            allow_nan=self.config.allow_nan,
             monitor=(self.metric, self.mode),
             with_test=False,
             lightning=self.lightning,
@@ -161,6 +162,8 @@ class Trial(tune.Trainable):
                 if not math.isfinite(self.row[self.plan.metric]):
                     raise TrainingError(f"diverged: {self.plan.metric} is {self.row[self.plan.metric]}")
                 return dict(self.row)
+        if isinstance(self.error, TrainingError):
+            raise self.error
         if self.error:
             raise TrainingError(f"{type(self.error).__name__}: {one_line(self.error)}")
         if self.row is None:
