@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
+from ray_mnist.cli import console
 from ray_mnist.config import RunConfig
 from ray_mnist.data import sources
 from ray_mnist.launch import local
@@ -293,6 +294,7 @@ def test_a_terminal_that_is_gone_harms_no_run(tmp_path: Path, monkeypatch: pytes
             os.close(reading)
             monkeypatch.setattr(sys, "stdout", os.fdopen(writing, "w", buffering=1))
 
+    monkeypatch.setattr(console.console, "quiet", False)  # which rich sets where nobody reads
     assert len(train(tmp_path, "run", callbacks=[Gone()]).history) == EPOCHS
 
 
