@@ -107,7 +107,7 @@ def test_up_train_lose_a_spot_machine_and_down(cloud: Cloud) -> None:
     laptop.do(f"ray up -y {FILE}")
     assert len(cloud.machines) == 1
 
-    train = "python -m ray_mnist.train --dataset digits --num-workers 3 --max-epochs 80 --name run"
+    train = "python -m ray_mnist.train --dataset digits --num-workers 3 --max-epochs 240 --name run"
     run = laptop.start(in_project(f"ray exec {FILE} '{train}'"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         epochs = 'client("s3").list_objects_v2(Bucket="ray-mnist-123456789012", Prefix="runs/run/checkpoint")'
@@ -128,7 +128,7 @@ def test_up_train_lose_a_spot_machine_and_down(cloud: Cloud) -> None:
         'client("s3").get_object(Bucket="ray-mnist-123456789012", Key="runs/run/result.json")["Body"].read().decode()'
     )
     assert json.loads(result)["restarts"] == 1
-    assert json.loads(result)["epochs"] == 80
+    assert json.loads(result)["epochs"] == 240
     assert len(cloud.machines) == 3
     assert lost not in cloud.machines
     laptop.do(f"ray down -y {FILE}")

@@ -139,7 +139,7 @@ def test_a_script_of_ones_own_is_submitted_as_a_job(laptop: Laptop, network: Net
 def test_a_run_goes_on_when_a_machine_is_powered_off_and_on_again(
     laptop: Laptop, network: Network, machines: dict[str, Machine]
 ) -> None:
-    train = "python -m ray_mnist.train --dataset digits --num-workers 3 --max-epochs 40 --name cut"
+    train = "python -m ray_mnist.train --dataset digits --num-workers 3 --max-epochs 120 --name cut"
     run = laptop.start(in_project(f"ray exec {FILE} '{train}'"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         metrics = network.shared / "runs" / "cut" / "metrics.csv"
@@ -151,8 +151,8 @@ def test_a_run_goes_on_when_a_machine_is_powered_off_and_on_again(
         run.kill()
     assert run.returncode == 0, said
     result = result_of(network, "cut")
-    assert (result["restarts"], result["epochs"]) == (1, 40)
-    assert re.search(r"epoch 40/40", said)
+    assert (result["restarts"], result["epochs"]) == (1, 120)
+    assert re.search(r"epoch 120/120", said)
 
 
 def test_down_leaves_nothing_running(laptop: Laptop, machines: dict[str, Machine]) -> None:
