@@ -129,7 +129,8 @@ def test_up_train_lose_a_spot_machine_and_down(cloud: Cloud) -> None:
     )
     assert json.loads(result)["restarts"] == 1
     assert json.loads(result)["epochs"] == 240
-    assert len(cloud.machines) == 3
+    # Ray's autoscaler may ask for all workers' room anew before that of the lost group is free: up to the file's most.
+    assert 3 <= len(cloud.machines) <= 5
     assert lost not in cloud.machines
     laptop.do(f"ray down -y {FILE}")
     wait_until(lambda: not cloud.machines, 30, "every instance to be terminated")
