@@ -132,3 +132,21 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
         time.sleep(0.05)
+
+
+def altered(content: bytes) -> bytes:
+    """64 bytes flipped inside."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 64]) + content[middle + 64 :]
+
+
+# What can become of a checkpoint's file, and what is said of it then.
+every_damage = pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda content: b"", "is not complete"),
+        (lambda content: content[:-100], "is not complete"),
+        (altered, "has changed since it was written: its checksum is another"),
+    ],
+    ids=["empty", "cut off", "altered"],
+)

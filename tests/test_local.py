@@ -20,6 +20,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 import yaml
+from conftest import altered, every_damage
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -457,21 +458,7 @@ def test_a_model_that_draws_random_numbers_goes_on_with_the_same(tmp_path: Path,
     )
 
 
-def altered(content: bytes) -> bytes:
-    """64 bytes flipped inside."""
-    middle = len(content) // 2
-    return content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 64]) + content[middle + 64 :]
-
-
-@pytest.mark.parametrize(
-    ("damage", "why"),
-    [
-        (lambda content: b"", "is not complete"),
-        (lambda content: content[:-100], "is not complete"),
-        (altered, "has changed since it was written: its checksum is another"),
-    ],
-    ids=["empty", "cut off", "altered"],
-)
+@every_damage
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_line(
     whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[bytes], bytes], why: str
 ) -> None:

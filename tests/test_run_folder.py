@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow.fs
 import pytest
 import torch
+from conftest import every_damage
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ray_mnist import RequestError
@@ -175,27 +176,13 @@ def test_a_checkpoint_cut_off_anywhere_does_not_count(
     assert folder.checkpoints() == [checkpoint_name(1)]
 
 
-def altered(content: bytes) -> bytes:
-    """64 bytes flipped inside."""
-    middle = len(content) // 2
-    return content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 64]) + content[middle + 64 :]
-
-
 def sound(folder: RunFolder) -> tuple[str | None, list[str]]:
     """The newest sound checkpoint, and what is said of those that are passed over."""
     said: list[str] = []
     return folder.newest_sound_checkpoint(lambda location, why: said.append(f"{location} {why}")), said
 
 
-@pytest.mark.parametrize(
-    ("damage", "why"),
-    [
-        (lambda content: b"", "is not complete"),
-        (lambda content: content[:-100], "is not complete"),
-        (altered, "has changed since it was written: its checksum is another"),
-    ],
-    ids=["empty", "cut off", "altered"],
-)
+@every_damage
 def test_a_damaged_newest_checkpoint_is_passed_over_and_named(
     folder: RunFolder, saved: Callable[[float], Path], damage: Callable[[bytes], bytes], why: str
 ) -> None:
