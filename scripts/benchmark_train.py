@@ -37,7 +37,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[256, 64])
     options = parser.parse_args(arguments)
     if options.quick:
-        options.dataset, options.epochs, options.runs = "digits", 2, 1
+        options.dataset, options.epochs, options.runs, options.batch_sizes = "digits", 2, 1, [256]
     return options
 
 

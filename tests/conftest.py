@@ -28,7 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Gives the tests a temporary folder of their own: who is killed leaves things there, and so does Ray always."""
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # `tmp_path` outlives the tests
-    folder = tempfile.mkdtemp(prefix="t-")  # short: below it are sockets, whose paths have at most 107 characters
+    # Not inside that of the process that started this one: below are sockets, whose paths have 107 characters at most.
+    folder = tempfile.mkdtemp(prefix="t-", dir=os.environ["PYTEST_DEBUG_TEMPROOT"])
     os.chmod(folder, 0o755)  # some tests read there as another user
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     # After multiprocessing, which is imported later, has removed what it has there.
@@ -40,6 +41,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="takes minutes: give --slow"))
+    # Files with tests that take long begin first, so that those who share the files out end at about the same time.
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

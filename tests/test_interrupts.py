@@ -59,8 +59,8 @@ def ctrl_c_once(condition: Callable[[], bool]) -> Iterator[None]:
 def test_a_run_ends_in_a_cluster_that_goes_on(when: str, tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path), "run")
     trainer = Trainer(num_workers=2, max_epochs=1000, storage_path=str(tmp_path), name="run")
-    condition = {"starting": lambda: bool(placement_groups()), "training": lambda: bool(folder.checkpoints())}[when]
-    with ctrl_c_once(condition):
+    moments = {"starting": lambda: "TrainController" in actors(), "training": lambda: bool(folder.checkpoints())}
+    with ctrl_c_once(moments[when]):
         trainer.fit(SimpleModel(), MNISTDataModule("digits"))
     assert ray.is_initialized()
     assert not list(tmp_path.glob(f"run/{CLAIM}*"))

@@ -219,7 +219,6 @@ def test_its_methods_have_lightnings_parameters() -> None:
         ({"gpus": 2}, "Lightning's Trainer refuses its arguments: .*unexpected keyword argument 'gpus'"),
         ({"max_steps": "many"}, "Lightning's Trainer refuses its arguments"),
     ],
-    ids=str,
 )
 def test_arguments_that_mean_nothing_on_ray_are_refused(
     arguments: dict[str, Any], sentence: str, num_workers: int
