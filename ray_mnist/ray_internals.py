@@ -1,4 +1,6 @@
-"""All that this package uses of Ray beyond its public API, and why: the one file to look at with a new Ray.
+"""All that this package uses of Ray beyond its public API, and why: to look at with a new Ray.
+
+That of Ray Train is in ray_train_internals.py, since it imports torch, which takes seconds.
 
 tests/test_internals.py names what a new release moved.
 """
@@ -7,7 +9,7 @@ import copy
 import io
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,6 @@ import ray.autoscaler
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-from ray._private.state import state as global_state
 from ray._private.utils import read_ray_address
 from ray._private.worker import global_worker
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -28,24 +29,14 @@ from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 from ray.core.generated.common_pb2 import NodeDeathInfo  # type: ignore[attr-defined]
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 from ray.experimental.internal_kv import _internal_kv_get
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, get_env_vars_to_propagate
-from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
-from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
-from ray.util import get_current_placement_group
-from ray.util.placement_group import PlacementGroup, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
+from ray.util.placement_group import PlacementGroup
 
 from ray_mnist.errors import one_line
 
 CONNECT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 15
-SNAPSHOT = CHECKPOINT_MANAGER_SNAPSHOT_FILENAME  # what Ray Train remembers of a run, in its folder
 SCHEMA = json.loads(Path(ray.autoscaler.__file__).with_name("ray-schema.json").read_text())  # of a cluster file
 FIRST_AUTOSCALER = "RAY_enable_autoscaler_v2=0"  # where `ray start --head` would take the second
 UNEXPECTED_TERMINATION: int = NodeDeathInfo.Reason.Value("UNEXPECTED_TERMINATION")  # the DeathReason in ray.nodes()
@@ -142,122 +133,22 @@ def prepare_cluster_file(config: dict[str, Any]) -> tuple[dict[str, Any], str | 
     return whole, None
 
 
-# Ray Train
+# Workers of Ray Train that are started before there is a run
 
 
-def output_files() -> str:
-    """The files that Ray keeps of what this worker process writes to stdout and stderr, and their machine."""
-    written = global_worker.get_out_file_path(), global_worker.get_err_file_path()
-    return f"{' and '.join(written)} on {socket.gethostname()}"
+def worker_name(rank: int) -> str:
+    """The name under which a worker that is started already waits for a run."""
+    return f"ray_mnist-worker-{rank}"
 
 
-class AbortableTorchTrainer(TorchTrainer):
-    """A TorchTrainer whose run can be ended from another thread; Ray's own answers Ctrl-C in the main thread only."""
+def start_workers(num_workers: int, prepare: Callable[[], None]) -> list[Any]:
+    """Starts the workers of the next run in this local Ray, and has each call `prepare`; it does not wait for them.
 
-    controller_class: type[TrainController] = TrainController
-    controller: Any = None
-    aborted = False
-
-    def abort(self) -> None:
-        """Ends the controller and its workers at once, also where the cluster goes on.
-
-        The controller's own `abort` waits for workers that are starting. Their placement group outlives a controller
-        that is killed, and keeps them alive.
-        """
-        self.aborted = True
-        if self.controller is None:
-            return
-        ray.kill(self.controller)
-        # The public table does not say who made a group.
-        for packed in global_state._connect_and_get_accessor().get_placement_group_table():
-            group = PlacementGroupTableData.FromString(packed)
-            if group.creator_actor_id == self.controller._actor_id.binary():
-                remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
-
-    def controller_placement(self) -> Any:
-        """On the node of this process."""
-        return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-    def _create_default_callbacks(self) -> list[Any]:
-        # The watchdog that removes the placement group of a controller that died, as `abort` does: a detached actor,
-        # that nobody would end where Ray's state API is out of reach.
-        return [
-            callback
-            for callback in super()._create_default_callbacks()
-            if not isinstance(callback, PlacementGroupCleanerCallback)
-        ]
-
-    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        settings = {"env_vars": get_env_vars_to_propagate()}
-        actor: Any = ray.remote(num_cpus=0, scheduling_strategy=self.controller_placement(), runtime_env=settings)
-        self.controller = actor(self.controller_class).remote(**arguments)
-        if self.aborted:  # before there was one to end
-            self.abort()
-        ray.get(self.controller.run.remote())
-        return ray.get(self.controller.get_result.remote())
-
-
-def trial_placement_group() -> PlacementGroup:
-    """The placement group that this process is in."""
-    found = get_current_placement_group()
-    assert found is not None, "this runs inside a trial"
-    return found
-
-
-class BorrowedPlacementGroup(DefaultPlacementGroupHandle):
-    """The trial's, which is Tune's to remove."""
-
-    def shutdown(self) -> None:
-        """Leaves it."""
-
-
-class PlacedAlready(FixedScalingPolicy):
-    """Asks no autoscaler for what the trial has: Ray's own would start an actor for that, which outlives the sweep."""
-
-    def _send_resource_request(self) -> None:
-        pass
-
-    def _maybe_send_resource_request(self) -> None:
-        pass
-
-    def _cancel_resource_request(self) -> None:
-        pass
-
-
-class TrialWorkerGroup(WorkerGroup):
-    """Workers in the bundles after the trial's own."""
-
-    def _create_placement_group(self, *_: Any) -> BorrowedPlacementGroup:
-        return BorrowedPlacementGroup(trial_placement_group())
-
-    def _create_workers(self, num_workers: int, *arguments: Any, **options: Any) -> Any:
-        options.setdefault("placement_group_bundle_indices", list(range(1, num_workers + 1)))
-        return super()._create_workers(num_workers, *arguments, **options)
-
-
-class TrialController(TrainController):
-    """Ray Train's controller, inside the trial's placement group."""
-
-    worker_group_cls = TrialWorkerGroup
-
-
-class TrialTorchTrainer(AbortableTorchTrainer):
-    """A TorchTrainer inside a trial of Ray Tune, whose workers live in the trial's own placement group.
-
-    Ray's own keeps the workers of a run in a placement group of their own. That group outlives the run where Tune
-    kills the trial, until Ray's state API, if it can be reached, tells a watchdog that the run is gone; and the trial
-    holds its own resources while it waits for those of its workers. Here Tune reserves trial and workers together or
-    not at all, and frees them together when the trial ends, however it ends: the workers' owner is gone then, and Ray
-    ends them with it.
+    `StartedWorkerGroup` takes them. What they need of the machine, the run's placement group reserves. They end with
+    what is returned.
     """
-
-    controller_class = TrialController
-
-    def controller_placement(self) -> Any:
-        """In the trial's own bundle."""
-        return PlacementGroupSchedulingStrategy(trial_placement_group(), placement_group_bundle_index=0)
-
-    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        return super()._initialize_and_run_controller(
-            **arguments | {"scaling_policy": PlacedAlready(self.scaling_config)}
-        )
+    actor: Any = ray.remote(num_cpus=0)(RayTrainWorker)
+    workers = [actor.options(name=worker_name(rank)).remote() for rank in range(num_workers)]
+    for worker in workers:
+        worker.execute.remote(prepare)
+    return workers

@@ -1,6 +1,8 @@
 """Trains a model: `python -m ray_mnist.train`, with `--help` for its options."""
 
 import sys
+from importlib import import_module
+from threading import Thread
 
 from ray_mnist.cli import console, early
 
@@ -9,7 +11,14 @@ DESCRIPTION = "Train and test a model, here, on a Ray cluster or on a TPU."
 
 def train() -> None:
     """Parses the command line, trains, tests, and names the test accuracy and the run folder."""
-    early.answer(DESCRIPTION, sys.argv[1:])
+    options = early.answer(DESCRIPTION, sys.argv[1:])
+    importing = Thread(target=import_module, args=["ray_mnist.trainer"], daemon=True)
+    importing.start()  # which takes seconds, in which Ray starts
+    if options and options.num_workers:
+        from ray_mnist.launch.connection import start_if_local
+
+        start_if_local(options)
+    importing.join()
     import pytorch_lightning as pl
 
     from ray_mnist.cli.parser import instantiate, make_parser, parse, plain

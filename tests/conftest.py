@@ -28,8 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Gives the tests a temporary folder of their own: who is killed leaves things there, and so does Ray always."""
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # `tmp_path` outlives the tests
-    # Not inside that of the process that started this one: below are sockets, whose paths have 107 characters at most.
-    folder = tempfile.mkdtemp(prefix="t-", dir=os.environ["PYTEST_DEBUG_TEMPROOT"])
+    # Short: below it are sockets, whose paths have at most 107 characters.
+    if of_several := os.environ.get("PYTEST_XDIST_WORKER"):  # which does not run what is registered for its exit
+        folder = str(Path(tempfile.gettempdir(), of_several))
+        os.mkdir(folder)
+    else:
+        folder = tempfile.mkdtemp(prefix="t-")
     os.chmod(folder, 0o755)  # some tests read there as another user
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     # After multiprocessing, which is imported later, has removed what it has there.

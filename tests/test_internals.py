@@ -23,7 +23,7 @@ from ray_mnist.lightning_internals import spare_each_step
 from ray_mnist.worker import Job, make_trainer
 
 PACKAGE = Path(__file__).parents[1] / "ray_mnist"
-INTERNALS = ("ray_internals.py", "lightning_internals.py")
+INTERNALS = ("ray_internals.py", "ray_train_internals.py", "lightning_internals.py")
 THEIRS = ("ray", "pytorch_lightning", "lightning_fabric")
 # Private names of the standard library and of torch, each in the one file that needs it.
 OTHERS = {("callbacks.py", "_version"), ("launch/xla.py", "_exit"), ("distributed/loaders.py", "_iterator")}
@@ -64,34 +64,35 @@ def test_no_other_file_reaches_into_a_foreign_object() -> None:
     assert found <= OTHERS
 
 
-def test_ray_still_has_what_is_imported_of_it() -> None:
+@pytest.mark.parametrize("file", ["ray_internals.py", "ray_train_internals.py"])
+def test_ray_still_has_what_is_imported_of_it(file: str) -> None:
     moved = []
-    for module, name in imports(PACKAGE / "ray_internals.py"):
+    for module, name in imports(PACKAGE / file):
         try:
             if not hasattr(importlib.import_module(module), name or "__name__"):
                 importlib.import_module(f"{module}.{name}")
         except ImportError as error:
-            moved.append(f"Ray moved {module}.{name}, which ray_internals.py imports ({error})")
+            moved.append(f"Ray moved {module}.{name}, which {file} imports ({error})")
     assert moved == []
 
 
 def test_ray_still_calls_what_is_overridden() -> None:
     """A method of ours that no class of Ray's has would never be called."""
-    from ray_mnist import ray_internals
+    from ray_mnist import ray_train_internals
 
-    ours = [each for each in vars(ray_internals).values() if inspect.isclass(each)]
-    for each in (each for each in ours if each.__module__ == ray_internals.__name__):
-        bases = [base for base in each.__mro__[1:] if base.__module__ != ray_internals.__name__]
+    ours = [each for each in vars(ray_train_internals).values() if inspect.isclass(each)]
+    for each in (each for each in ours if each.__module__ == ray_train_internals.__name__):
+        bases = [base for base in each.__mro__[1:] if base.__module__ != ray_train_internals.__name__]
         for name in vars(each):
             if name.startswith("_") and not name.startswith("__"):
                 assert any(name in vars(base) for base in bases), f"Ray moved {name}, which {each.__name__} overrides"
     for name in ("run", "get_result", "worker_group_cls"):
-        assert hasattr(ray_internals.TrainController, name), f"Ray moved TrainController.{name}"
+        assert hasattr(ray_train_internals.TrainController, name), f"Ray moved TrainController.{name}"
     for name in ("get_out_file_path", "get_err_file_path"):
-        assert hasattr(ray_internals.global_worker, name), f"Ray moved global_worker.{name}"
-    assert hasattr(ray_internals.global_state, "_connect_and_get_accessor")
-    assert hasattr(ray_internals.PlacementGroupTableData(), "creator_actor_id")
-    assert hasattr(ray_internals.ray.actor.ActorHandle, "_actor_id")
+        assert hasattr(ray_train_internals.global_worker, name), f"Ray moved global_worker.{name}"
+    assert hasattr(ray_train_internals.global_state, "_connect_and_get_accessor")
+    assert hasattr(ray_train_internals.PlacementGroupTableData(), "creator_actor_id")
+    assert hasattr(ray_train_internals.ray.actor.ActorHandle, "_actor_id")
 
 
 class Logs(pl.LightningModule):

@@ -24,6 +24,32 @@ EPOCHS = 3
 STEPS_PER_EPOCH = 17  # digits: 1,151 training samples in global batches of 64
 
 
+STARTED = """
+import os
+import pytorch_lightning as pl
+import ray
+from ray_mnist import MNISTDataModule, SimpleModel, Trainer
+from ray_mnist.config import RunConfig
+from ray_mnist.launch import ahead
+from ray_mnist.ray_internals import worker_name
+
+class Asks(pl.Callback):
+    def on_fit_start(self, *_):
+        self.process = os.getpid()
+
+ahead.start_ray(RunConfig(num_workers=2))
+process = ray.get(ray.get_actor(worker_name(0)).execute.remote(os.getpid))
+asks = Asks()
+Trainer(num_workers=2, max_epochs=1, callbacks=[asks]).fit(SimpleModel(), MNISTDataModule("digits"))
+assert asks.process == process
+"""
+
+
+@pytest.mark.slow
+def test_a_run_takes_the_workers_that_were_started_before_it(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", STARTED], cwd=tmp_path, check=True, timeout=120)
+
+
 def fit(folder: Path, name: str, num_workers: int, **arguments: Any) -> Trainer:
     """A run over digits from the same start."""
     pl.seed_everything(3, verbose=False)

@@ -30,7 +30,7 @@ from ray_mnist.cli.lightning_arguments import for_lightning
 from ray_mnist.config import RunConfig
 from ray_mnist.data import sources
 from ray_mnist.launch.connection import this_folder
-from ray_mnist.ray_internals import TrialTorchTrainer
+from ray_mnist.ray_train_internals import TrialTorchTrainer
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.records import read_metrics
 from ray_mnist.search import space

@@ -50,8 +50,11 @@ OURS: dict[str, Callable[..., None]] = {
 }
 
 
-def answer(description: str, arguments: Sequence[str]) -> None:
+def answer(description: str, arguments: Sequence[str]) -> RunConfig | None:
     """Ends the program with the help or the configuration; comes back where more than that is asked for.
+
+    Returns:
+        The run options, unless a `--config` may say otherwise.
 
     Raises:
         RequestError: a run option is unknown or has a value that it cannot have.
@@ -69,10 +72,11 @@ def answer(description: str, arguments: Sequence[str]) -> None:
     arguments = expand(arguments)
     options = parser.parse_args(without(r"(model|data)(\..*?)?|config|print_config", arguments))
     if "--config" in {argument.partition("=")[0] for argument in arguments}:
-        return
-    RunConfig(**{name: options[name] for name in OPTIONS})
+        return None
+    config = RunConfig(**{name: options[name] for name in OPTIONS})
     if "--print_config" in arguments and not options.resume:
         print_config(arguments)
+    return config
 
 
 def without(options: str, arguments: Sequence[str]) -> list[str]:

@@ -5,21 +5,25 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from ray_mnist import ray_internals
 from ray_mnist.checks import preflight
+from ray_mnist.cli import console
 from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError, one_line
-from ray_mnist.worker import Job
+from ray_mnist.launch import ahead
+
+if TYPE_CHECKING:
+    from ray_mnist.worker import Job  # which imports torch
 
 
 @contextmanager
-def connect(config: RunConfig, job: Job, cpus: int = 0) -> Iterator[None]:
+def connect(config: RunConfig, job: "Job", cpus: int = 0) -> Iterator[None]:
     """A Ray cluster to train on: the one that this process already has, one to join, or a new local one.
 
     Whatever was started or joined here is left again; a connection that was there stays as it was. Other machines get
@@ -30,18 +34,15 @@ def connect(config: RunConfig, job: Job, cpus: int = 0) -> Iterator[None]:
         return
     address = address_to_join(config.address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address:
-            ray.init(address=address, **quiet)
+            ray.init(address=address, **ahead.QUIET)
             if needs_folder(job) and on_other_machines():
                 ray.shutdown()  # a folder can be sent only as one connects
                 with environment({"RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "1"}):  # data is often what git ignores
-                    ray.init(address=address, runtime_env=folder_to_send(config), **quiet)
+                    ray.init(address=address, runtime_env=folder_to_send(config), **ahead.QUIET)
         else:
-            # More workers than cores run in turns: slower, and good enough to try a run out.
-            cpus = max(os.cpu_count() or 1, config.num_workers * (config.cpus_per_worker or 1), cpus)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+            ahead.start_ray(config, cpus)
     except (ConnectionError, RuntimeError, ValueError) as error:
         if "Package size" in str(error):
             raise RequestError(
@@ -54,6 +55,17 @@ def connect(config: RunConfig, job: Job, cpus: int = 0) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def start_if_local(config: RunConfig) -> None:
+    """Starts Ray if the run will need a new local one, for `connect` to find; the process's end ends it.
+
+    Raises:
+        RequestError: no Ray head answers where the run is to join one.
+    """
+    with console.quiet(), suppress(ConnectionError, RuntimeError, ValueError):  # `connect` says what is wrong
+        if address_to_join(config.address) is None:
+            ahead.start_ray(config)
 
 
 def address_to_join(given: str | None) -> str | None:
@@ -70,7 +82,7 @@ def address_to_join(given: str | None) -> str | None:
     return address
 
 
-def needs_folder(job: Job) -> bool:
+def needs_folder(job: "Job") -> bool:
     """Whether the job's code is in the working directory, and may expect files there, unless a Ray job brought it."""
     if "working_dir" in ray.get_runtime_context().runtime_env:
         return False

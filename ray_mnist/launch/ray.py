@@ -18,32 +18,22 @@ from ray import cloudpickle
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 
-from ray_mnist.checks.preflight import WAIT_FOR_NODES_S, Bundle, Cluster
+from ray_mnist.checks.preflight import Bundle, Cluster
 from ray_mnist.cli.lightning_arguments import FIND_UNUSED
 from ray_mnist.config import RunConfig
 from ray_mnist.distributed.strategy import FollowsFreezing, extend
 from ray_mnist.errors import RequestError, TrainingError, one_line
+from ray_mnist.launch.ahead import RAY_TRAIN_SETTINGS
 from ray_mnist.launch.channel import over_ray
 from ray_mnist.launch.connection import environment, go_to, this_folder
 from ray_mnist.launch.failures import Failures, describe_all
 from ray_mnist.launch.output import root_logger, worker_output
-from ray_mnist.ray_internals import SNAPSHOT, AbortableTorchTrainer, output_files
+from ray_mnist.ray_train_internals import SNAPSHOT, AbortableTorchTrainer, output_files
 from ray_mnist.run.events import Tell
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
 from ray_mnist.worker import Job, run_and_collect
 
-# Ray Train reads these when a run starts. A value that is set already is somebody's wish and stays.
-RAY_TRAIN_SETTINGS = {
-    # Relative paths in the user's code mean the same as in the script.
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # After a failure, for a machine that takes the place of a lost one.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(WAIT_FOR_NODES_S),
-    # What is printed is printed, and not logged.
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    # How often Ray looks whether the workers are done or dead: 2 s would be added to every run.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-}
 STOP_S = 30  # for what Ctrl-C ends in a cluster that goes on
 
 

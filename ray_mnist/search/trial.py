@@ -136,7 +136,7 @@ class Trial(tune.Trainable):
             job = self.plan.job(parameters, self.trial_id)
             if config.num_workers > 1:
                 from ray_mnist.launch import ray
-                from ray_mnist.ray_internals import TrialTorchTrainer
+                from ray_mnist.ray_train_internals import TrialTorchTrainer
 
                 ray.launch(job, config, self.news.put, TrialTorchTrainer)
             else:

@@ -1,0 +1,49 @@
+"""Starts a local Ray, and the workers of a run before there is one: starting and importing takes them seconds.
+
+It imports neither torch nor Lightning, which takes seconds, so that a command can start Ray before it imports them.
+"""
+
+import os
+from importlib import import_module
+from typing import Any
+
+import ray
+
+from ray_mnist import ray_internals
+from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
+from ray_mnist.config import RunConfig
+
+# Ray Train reads these when a run starts. A value that is set already is somebody's wish and stays.
+RAY_TRAIN_SETTINGS = {
+    # Relative paths in the user's code mean the same as in the script.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # After a failure, for a machine that takes the place of a lost one.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(WAIT_FOR_NODES_S),
+    # What is printed is printed, and not logged.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # How often Ray looks whether the workers are done or dead: 2 s would be added to every run.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+
+_workers: list[Any] = []  # of the next run
+
+
+def start_ray(config: RunConfig, cpus: int = 0) -> None:
+    """Starts a local Ray with enough logical CPUs for the run, and at least `cpus`.
+
+    Workers that have a GPU are not started yet: Ray gives them theirs as it starts them.
+    """
+    # More workers than cores run in turns: slower, and good enough to try a run out.
+    cpus = max(os.cpu_count() or 1, config.num_workers * (config.cpus_per_worker or 1), cpus)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    settings = {name: os.environ.get(name, value) for name, value in RAY_TRAIN_SETTINGS.items()}
+    options: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False, "runtime_env": {"env_vars": settings}}
+    ray.init(address="local", **options, **QUIET)
+    if not config.use_gpu:
+        _workers[:] = ray_internals.start_workers(config.num_workers, import_worker)
+
+
+def import_worker() -> None:
+    """Imports what a worker runs, torch and Lightning with it."""
+    import_module("ray_mnist.worker")
