@@ -1,4 +1,4 @@
-"""MNISTDataModule: MNIST and its like, in memory."""
+"""MNISTDataModule: MNIST and its like, in memory that the processes of a machine share."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ray_mnist.config import global_seed
-from ray_mnist.data import download, sources
+from ray_mnist.data import decoded, download, sources
 from ray_mnist.distributed.orders import EpochOrder
 from ray_mnist.errors import RequestError
 
@@ -18,21 +18,39 @@ EVALUATION_BATCH = 1024  # the larger the faster; it has no part in the result
 
 
 class ImageDataset(Dataset[Batch]):
-    """Images uint8 (N, C, H, W) and labels int64 (N,) in memory; `__getitems__` gives a whole batch at a time."""
+    """Images uint8 (N, C, H, W) with labels int64 (N,); `__getitems__` gives a whole batch at a time.
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
+    Args:
+        all_images: uint8 (M, C, H, W), which are not copied: other processes may share them.
+        all_labels: int64 (M,).
+        rows: int64 (N,), which of them are in the data set, and in which order (default: all).
+    """
+
+    def __init__(self, all_images: Tensor, all_labels: Tensor, rows: Tensor | None = None) -> None:
+        self.all_images, self.all_labels = all_images, all_labels
+        self.rows = torch.arange(len(all_labels)) if rows is None else rows
+
+    @property
+    def images(self) -> Tensor:
+        """A copy of those in the data set."""
+        return self.all_images[self.rows]
+
+    @property
+    def labels(self) -> Tensor:
+        """A copy of theirs."""
+        return self.all_labels[self.rows]
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Batch:
-        return self.images[index], self.labels[index]
+        row = self.rows[index]
+        return self.all_images[row], self.all_labels[row]
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        rows = torch.tensor(indices)
-        # Copies whole rows, where indexing copies pixel by pixel.
-        return self.images.index_select(0, rows), self.labels.index_select(0, rows)
+        rows = self.rows.index_select(0, torch.tensor(indices))
+        # Faster than indexing, which copies pixel by pixel.
+        return self.all_images.index_select(0, rows), self.all_labels.index_select(0, rows)
 
 
 def together(batch: Any) -> Any:
@@ -110,7 +128,7 @@ class MNISTDataModule(LightningDataModule):
         self.check_batch_size(world_size)
         if sizes is None:
             self.prepare_data()
-            sizes = {part: len(data) for part, data in self._split(sources.load(self.dataset, self.data_dir)).items()}
+            sizes = {part: len(data) for part, data in self._split(decoded.load(self.dataset, self.data_dir)).items()}
         if self.batch_size > sizes["train"]:
             raise RequestError(
                 f"--batch-size {self.batch_size} is more than the {sizes['train']} training samples: use at most "
@@ -129,14 +147,14 @@ class MNISTDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Reads the data and splits it, the same way on every worker."""
         if not self.parts:
-            self.parts = self._split(sources.load(self.dataset, self.data_dir))
+            self.parts = self._split(decoded.load(self.dataset, self.data_dir))
 
     def _split(self, data: sources.Images) -> dict[str, ImageDataset]:
         order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(self.seed))
         val, train = order.tensor_split([len(order) // 5])
         return {
-            "train": ImageDataset(data.train_images[train], data.train_labels[train]),
-            "val": ImageDataset(data.train_images[val], data.train_labels[val]),
+            "train": ImageDataset(data.train_images, data.train_labels, train),
+            "val": ImageDataset(data.train_images, data.train_labels, val),
             "test": ImageDataset(data.test_images, data.test_labels),
         }
 

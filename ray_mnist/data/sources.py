@@ -80,6 +80,13 @@ def load(dataset: str, data_dir: Path) -> Images:
     return source.read(folder)
 
 
+def files_of(dataset: str, data_dir: Path) -> list[Path]:
+    """The files that `load` reads; none where there is nothing to read, or not all of it."""
+    source = source_of(dataset)
+    folder = source.find(data_dir)
+    return [path for name in source.files if folder and (path := _stored(folder, name))]
+
+
 def _stored(folder: Path, name: str) -> Path | None:
     """The file `name` in `folder`, raw or gzipped; None if it is neither."""
     return next((p for p in (folder / name, folder / f"{name}.gz") if os.path.isfile(p)), None)
