@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ray_mnist import lightning_internals
 from ray_mnist.distributed.collectives import gather
-from ray_mnist.distributed.loaders import LossWeighting
+from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.lightning_internals import MetricPart
 
 
