@@ -58,7 +58,7 @@ def hook_into_metrics(
         batch_ended: called before anyone reads the metrics of a training batch.
         epoch_ended: called before the hooks of an epoch's end, which read its metrics, and after them, since they may
             have logged more.
-        sync: reduces a value that is logged with `sync_dist=True`.
+        sync: reduces a value that is logged with `sync_dist=True`, given that and its weight.
         weight: gives the weight that what is logged now has among all workers, unless it comes with a `batch_size`.
     """
     connector: Any = trainer._logger_connector
@@ -67,7 +67,7 @@ def hook_into_metrics(
         count_no_mean_of_nothing(loop._results)
     results: Any = training._results
     on_batch_end, epoch_end_reached = connector.on_batch_end, connector.epoch_end_reached
-    on_epoch_end, log = connector.on_epoch_end, results.log
+    on_epoch_end, log, weights = connector.on_epoch_end, results.log, [1.0]
 
     def batch_end() -> None:
         if trainer.training:
@@ -83,9 +83,12 @@ def hook_into_metrics(
         on_epoch_end()
 
     def weighed(fx: str, name: str, *arguments: Any, batch_size: Any = None, **named: Any) -> None:
-        log(fx, name, *arguments, batch_size=batch_size, **named | {"sync_dist_fn": sync})
-        share = weight()
-        results[f"{fx}.{name}"].weight = share if batch_size is None else batch_size * (share > 0)
+        weights[0] = weight() if batch_size is None else batch_size * (weight() > 0)
+        log(fx, name, *arguments, batch_size=batch_size, **named | {"sync_dist_fn": weighed_sync})
+        results[f"{fx}.{name}"].weight = weights[0]
+
+    def weighed_sync(value: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        return sync(value, weights[0], *arguments, **named)
 
     connector.on_batch_end, connector.epoch_end_reached, connector.on_epoch_end = batch_end, reached, epoch_end
     results.log = weighed

@@ -51,6 +51,7 @@ class LitMaskedLanguageModel(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss, masked = self.loss(batch)
         self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=masked)
+        self.log("synced", loss, batch_size=masked, sync_dist=True)
         return self.answer(loss, masked)
 
     def answer(self, loss: Tensor, masked: Tensor) -> Any:
