@@ -114,14 +114,14 @@ class Recorder(Checkpoint):
         """Validation is not training time."""
         if trainer.sanity_checking:
             return
-        self.val_samples = total(trainer, samples_seen(trainer.val_dataloaders))
+        self.val_samples = int(total(trainer, samples_seen(trainer.val_dataloaders)))
         self._validated = True
         self._validation_seconds += time.monotonic() - self._evaluation_started
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds the epoch's row, checkpoints and reports."""
         seconds = time.monotonic() - self._epoch_started
-        self.train_samples = total(trainer, samples_seen(trainer.train_dataloader) - self._trained_before)
+        self.train_samples = int(total(trainer, samples_seen(trainer.train_dataloader) - self._trained_before))
         row: Row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
         row |= {
             name: value.item()
@@ -270,7 +270,7 @@ class Mistakes(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Brings the ranks' findings together on rank 0."""
-        self.samples = total(trainer, samples_seen(trainer.test_dataloaders))
+        self.samples = int(total(trainer, samples_seen(trainer.test_dataloaders)))
         found = gather(trainer, (self.confusion, self.worst))
         self.confusion = sum((confusion for confusion, _ in found), Counter())
         self.worst = [mistake for _, worst in found for mistake in worst]

@@ -2,9 +2,8 @@
 
 import sys
 
-from ray_mnist.checks import cluster_file, cluster_health
 from ray_mnist.cli import console
-from ray_mnist.cli.parser import Parser
+from ray_mnist.cli.parser import Parser, versions
 from ray_mnist.config import RunConfig
 
 
@@ -12,6 +11,7 @@ def make_parser() -> Parser:
     """A file, or what names a running cluster."""
     parser = Parser(
         prog="python -m ray_mnist.doctor",
+        version=versions(),
         description="Check a cluster file before `ray up`, or, without a file, a running cluster.",
     )
     parser.add_argument("file", type=str | None, nargs="?", help="cluster file, such as cluster/gpu.yaml")
@@ -25,6 +25,8 @@ def make_parser() -> Parser:
 def examine() -> None:
     """Parses the command line, and says of each thing whether it is well; exits with 1 if something is not."""
     config = make_parser().parse_args()
+    from ray_mnist.checks import cluster_file, cluster_health
+
     if config.file:
         what, checks = config.file, cluster_file.checks(config.file)
     else:

@@ -58,13 +58,16 @@ def hook_into_metrics(
         batch_ended: called before anyone reads the metrics of a training batch.
         epoch_ended: called before the hooks of an epoch's end, which read its metrics, and after them, since they may
             have logged more.
-        sync: reduces a value that is logged with `sync_dist=True`.
-        weight: gives the weight that what is logged now has among all workers.
+        sync: reduces a value that is logged with `sync_dist=True`, given that and its weight.
+        weight: gives the weight that what is logged now has among all workers, unless it comes with a `batch_size`.
     """
     connector: Any = trainer._logger_connector
-    results: Any = trainer.fit_loop.epoch_loop._results
+    training: Any = trainer.fit_loop.epoch_loop
+    for loop in (training, training.val_loop, trainer.validate_loop, trainer.test_loop):
+        count_no_mean_of_nothing(loop._results)
+    results: Any = training._results
     on_batch_end, epoch_end_reached = connector.on_batch_end, connector.epoch_end_reached
-    on_epoch_end, log = connector.on_epoch_end, results.log
+    on_epoch_end, log, weights = connector.on_epoch_end, results.log, [1.0]
 
     def batch_end() -> None:
         if trainer.training:
@@ -79,12 +82,28 @@ def hook_into_metrics(
         epoch_ended()
         on_epoch_end()
 
-    def weighed(fx: str, name: str, *arguments: Any, **named: Any) -> None:
-        log(fx, name, *arguments, **named | {"sync_dist_fn": sync})
-        results[f"{fx}.{name}"].weight = weight()
+    def weighed(fx: str, name: str, *arguments: Any, batch_size: Any = None, **named: Any) -> None:
+        weights[0] = weight() if batch_size is None else batch_size * (weight() > 0)
+        log(fx, name, *arguments, batch_size=batch_size, **named | {"sync_dist_fn": weighed_sync})
+        results[f"{fx}.{name}"].weight = weights[0]
+
+    def weighed_sync(value: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        return sync(value, weights[0], *arguments, **named)
 
     connector.on_batch_end, connector.epoch_end_reached, connector.on_epoch_end = batch_end, reached, epoch_end
     results.log = weighed
+
+
+def count_no_mean_of_nothing(results: Any) -> None:
+    """Makes a mean that is logged with `batch_size=0` 0: it may be 0 / 0, and a total with NaN in it is NaN."""
+    log = results.log
+
+    def counted(fx: str, name: str, value: Any, batch_size: Any = None, **named: Any) -> None:
+        if batch_size is not None and isinstance(value, Tensor) and named["reduce_fx"] in ("mean", torch.mean):
+            value = value.masked_fill(torch.as_tensor(batch_size, device=value.device) == 0, 0)
+        log(fx, name, value, batch_size=batch_size, **named)
+
+    results.log = counted
 
 
 def loggers_want_this_step(trainer: pl.Trainer) -> bool:
@@ -162,7 +181,7 @@ def set_epoch_value(trainer: pl.Trainer, key: str, value: Tensor) -> None:
 def step_parts(trainer: pl.Trainer) -> dict[str, MetricPart]:
     """This worker's part of each value of the last training step that no worker has the total of yet."""
     return {
-        key: (metric.meta.reduce_fx.__name__, metric._forward_cache.cpu(), metric.weight)
+        key: (metric.meta.reduce_fx.__name__, metric._forward_cache.cpu(), float(metric.weight))
         for key, metric in logged_values(trainer.fit_loop.epoch_loop._results).items()
         if metric.meta.on_step
         and not metric.meta.sync.should

@@ -16,11 +16,12 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from ray_mnist.callbacks import FiniteLoss, Mistakes, Randomness, Recorder
 from ray_mnist.distributed.collectives import gather
 from ray_mnist.distributed.draws import SameDraws, compare_draws
-from ray_mnist.distributed.loaders import LossWeighting, resumable_loaders
+from ray_mnist.distributed.loaders import resumable_loaders
 from ray_mnist.distributed.metrics import EpochSoFar, MetricSync
 from ray_mnist.distributed.serialization import fingerprints, public_state, sendable
 from ray_mnist.distributed.sharding import interleave
-from ray_mnist.distributed.strategy import LoadsOncePerNode, extend, shard_loaders
+from ray_mnist.distributed.strategy import LoadsOncePerNode, WeighsLosses, extend, shard_loaders
+from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.errors import RequestError
 from ray_mnist.lightning_internals import spare_each_step
 from ray_mnist.run.events import CheckpointPassedOver, EpochEnded, Event
@@ -221,9 +222,10 @@ def make_trainer(job: Job, context: WorkerContext, *callbacks: pl.Callback) -> p
     trainer: Any = pl.Trainer(**with_context)
     shard_loaders(trainer, job.seed, presharded)
     extend(trainer.strategy, LoadsOncePerNode)
+    weighting = LossWeighting()
+    extend(trainer.strategy, WeighsLosses, weighting=weighting)
     spare_each_step(trainer)
     if trainer.world_size > 1:
-        weighting = LossWeighting()
         metric_sync = MetricSync(weighting)
         # Before those that may read what was logged.
         trainer.callbacks[:0] = [SameDraws(), weighting, metric_sync]

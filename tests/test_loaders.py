@@ -37,7 +37,6 @@ from torch.utils.data import (
 from ray_mnist.distributed import samples as fetching
 from ray_mnist.distributed.draws import SameDraws, compare_draws
 from ray_mnist.distributed.loaders import (
-    LossWeighting,
     ResumableLoader,
     ShardedLoader,
     resumable_loaders,
@@ -47,6 +46,7 @@ from ray_mnist.distributed.loaders import (
 )
 from ray_mnist.distributed.sharding import interleave, shard_evaluation, shard_training
 from ray_mnist.distributed.strategy import shard_loaders
+from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.errors import RequestError, TrainingError
 
 pytestmark = [
@@ -476,13 +476,14 @@ def test_the_mean_of_the_workers_gradients_is_that_of_the_global_batch(world_siz
         for rank in range(world_size):
             loader, weighting = share(DataLoader(data, BATCH + 1, shuffle=True), rank, world_size), LossWeighting()
             trainer: Any = SimpleNamespace(train_dataloader={"only": loader})
-            module: Any = None
+            module: Any = model
             for number, (inputs, targets) in enumerate(loader):
                 model.zero_grad()
                 weighting.on_train_batch_start(trainer, module, None, number)
                 loss = nn.functional.mse_loss(model(inputs), targets)
                 weighting.on_before_backward(trainer, module, loss)
                 loss.backward()
+                weighting.on_after_backward(trainer, module)
                 found.append([weight.grad.clone() for weight in model.parameters() if weight.grad is not None])
             assert not loader.weights
         batches = len(found) // world_size

@@ -1,6 +1,7 @@
 """Answers at once what needs neither torch nor Lightning, which take seconds to import.
 
-That is `--help`, run options that are refused, and `--print_config` of our own classes. All else is for `parser.parse`.
+That is `--version`, `--help`, run options that are refused, and `--print_config` of our own classes. All else is for
+`parser.parse`.
 """
 
 import re
@@ -77,6 +78,12 @@ def answer(description: str, arguments: Sequence[str]) -> RunConfig | None:
     if "--print_config" in arguments and not options.resume:
         print_config(arguments)
     return config
+
+
+def answer_version(module: str, arguments: Sequence[str]) -> None:
+    """Ends the program with the versions if they are asked for, which is all that it answers."""
+    if "--version" in arguments:
+        make_options(module, "").parse_args(["--version"])
 
 
 def without(options: str, arguments: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -74,10 +75,17 @@ def sentence(message: str) -> str:
     return re.sub(r"--num-workers: Expected a int\. Got value: (.*:.*)$", rf"--num-workers \1 {ONE_NUMBER}", line)
 
 
+def versions() -> str:
+    """This package's version, and of those that decide what can run and be loaded."""
+    others = {"Ray": "ray", "Lightning": "pytorch-lightning", "torch": "torch"}
+    return f"{version('ray-mnist')} ({', '.join(f'{name} {version(package)}' for name, package in others.items())})"
+
+
 def make_options(module: str, description: str, short: bool = True) -> Parser:
     """The options of a run and `--config`, and of `short` ones what they are short for."""
     parser = Parser(
         prog=f"python -m ray_mnist.{module}",
+        version=versions(),
         description=description,
         epilog="; ".join(f"{brief} V is short for {long} V" for brief, long in SHORT.items()) if short else None,
     )

@@ -6,9 +6,10 @@ import pytorch_lightning as pl
 import torch
 
 
-def total(trainer: pl.Trainer, count: int) -> int:
+def total(trainer: pl.Trainer, count: float) -> float:
     """The sum of `count` over all ranks."""
-    return int(trainer.strategy.reduce(torch.tensor(count, device=trainer.strategy.root_device), reduce_op="sum"))
+    mine = torch.tensor(count, dtype=torch.float64, device=trainer.strategy.root_device)
+    return float(trainer.strategy.reduce(mine, reduce_op="sum"))
 
 
 def gather(trainer: pl.Trainer, mine: Any) -> list[Any]:

@@ -7,10 +7,8 @@ from itertools import chain, count, islice
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from lightning_fabric.utilities.data import sized_len
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Callback
 from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.data import extract_batch_size
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, default_convert
@@ -312,30 +310,3 @@ def resumable_loaders(loaders: Any) -> list[ResumableLoader]:
 def samples_seen(loaders: Any) -> int:
     """How many samples this rank has had of them: in the training so far, or in this evaluation."""
     return sum(loader.samples for loader in resumable_loaders(loaders))
-
-
-class LossWeighting(Callback):
-    """Weighs this rank's loss by its shard of the global batch, where shards are not equal.
-
-    The mean of the workers' gradients, each of a mean over a shard, is then the gradient of the mean over the batch.
-    """
-
-    weight = 1.0
-    loaders: list[ResumableLoader]
-    loaders_of: Any = None  # the trainer's `train_dataloader` that has these loaders
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Looks up the batch's weight."""
-        if self.loaders_of is not trainer.train_dataloader:
-            self.loaders_of = trainer.train_dataloader
-            self.loaders = resumable_loaders(self.loaders_of)
-        found = [loader.weights.pop(batch_idx, None) for loader in self.loaders]
-        weights = [weight for weight in found if weight is not None]
-        self.weight = sum(weights) / len(weights) if weights else 1.0
-
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
-        """Has the gradient weighed as it sets out from the loss."""
-        if self.weight != 1.0:
-            loss.register_hook(lambda gradient: gradient * self.weight)

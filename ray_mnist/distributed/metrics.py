@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ray_mnist import lightning_internals
 from ray_mnist.distributed.collectives import gather
-from ray_mnist.distributed.loaders import LossWeighting
+from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.lightning_internals import MetricPart
 
 
@@ -42,10 +42,13 @@ class MetricSync(pl.Callback):
             sync_step_metrics(trainer)
             sync_epoch_metrics(trainer)
 
-        def sync(value: Tensor, group: Any = None, reduce_op: str = "mean") -> Tensor:
-            mine = shard_contribution(reduce_op, value, self.weighting.weight)
-            reduced: Tensor = trainer.strategy.reduce(mine, group=group, reduce_op=reduce_op)
-            return reduced
+        def sync(value: Tensor, weight: float, group: Any = None, reduce_op: str = "mean") -> Tensor:
+            mine = shard_contribution(reduce_op, value, weight)
+            if reduce_op != "mean":
+                return trainer.strategy.reduce(mine, group=group, reduce_op=reduce_op)
+            both = torch.stack([mine, torch.as_tensor(weight).to(mine)])
+            summed, weights = trainer.strategy.reduce(both, group=group, reduce_op="sum")
+            return summed / weights
 
         lightning_internals.hook_into_metrics(
             trainer, batch_ended, epoch_ended, sync, weight=lambda: self.weighting.weight

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from ray_mnist.distributed.loaders import shard_loader
+from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.run.folder import fetched, scratch_path
 from ray_mnist.run.trust import refused
 
@@ -77,6 +78,17 @@ class FollowsFreezing(DDPStrategy):
         if self.known != (now := self._trainable()) and now:
             self.model = self.lightning_module
             self.configure_ddp()
+
+
+class WeighsLosses(Strategy):
+    """Shows what each training step returns to a LossWeighting, before there are gradients of it."""
+
+    weighting: LossWeighting
+
+    def training_step(self, *arguments: Any, **named: Any) -> Any:
+        """Does the step."""
+        assert self.lightning_module is not None
+        return self.weighting.weigh(self.lightning_module.trainer, super().training_step(*arguments, **named))
 
 
 class LoadsOncePerNode(Strategy):
