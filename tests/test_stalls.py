@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+import ray.train
 import torch
 from conftest import wait_until
 from pytorch_lightning.profilers import SimpleProfiler
@@ -25,7 +27,7 @@ from ray_mnist.errors import RequestError, Stalled
 from ray_mnist.launch import stalls
 from ray_mnist.launch.failures import Failures, describe_all, is_bug
 from ray_mnist.launch.stalls import StallWatch
-from ray_mnist.ray_internals import WatchedGroup
+from ray_mnist.ray_internals import AbortableTorchTrainer, WatchedGroup
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.progress import HERE, Position, Stacks, count, position, stacks
 from ray_mnist.run.records import read_failures
@@ -186,7 +188,6 @@ def test_a_stall_is_a_failure_like_any_other(tmp_path: Path) -> None:
 
 def test_ray_takes_a_worker_that_is_found_for_failed(tmp_path: Path) -> None:
     """And tells the run's UserCallback of it."""
-    from ray.train.v2._internal.callbacks.user_callback import UserCallbackHandler
     from ray.train.v2._internal.execution.callback import WorkerGroupCallback
     from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 
@@ -196,8 +197,11 @@ def test_ray_takes_a_worker_that_is_found_for_failed(tmp_path: Path) -> None:
     watch: Any = SimpleNamespace(look=lambda: {1: error})
     status = WorkerGroupPollStatus({rank: WorkerStatus(running=True) for rank in range(2)})
     failures = Failures(RunFolder(str(tmp_path), "run"), max_failures=1, send=list)
-    for callback in (WatchedGroup(watch), UserCallbackHandler([failures], None)):  # type: ignore[arg-type]
-        callback.after_worker_group_poll_status(status)
+    run_config = ray.train.RunConfig(callbacks=[failures, WatchedGroup(watch)])
+    trainer = AbortableTorchTrainer(print, run_config=run_config, scaling_config=ray.train.ScalingConfig(num_workers=2))
+    for callback in trainer._create_default_callbacks():
+        if isinstance(callback, WorkerGroupCallback):
+            callback.after_worker_group_poll_status(status)
     assert status.errors == {1: error}
     assert len(read_failures(RunFolder(str(tmp_path), "run"))) == 1
 
@@ -290,8 +294,6 @@ class Hangs(pl.LightningModule):
                 self.tell(stacks())
                 wait_until((self.folder / "0").exists, 60, "rank 0 to be seen waiting")
             else:
-                import threading
-
                 threading.Thread(target=self.look).start()
         return self.layer(batch[0]).sum()
 
