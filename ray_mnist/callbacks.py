@@ -54,7 +54,7 @@ class Recorder(Checkpoint):
         self.train_samples = self.val_samples = 0  # of the last epoch
         self._last_step = 0
         self._saved: list[int] = []
-        self._saving = self._warned = False
+        self.saving = self._warned = False  # the former for who asks what this worker is doing, too
 
     def state_dict(self) -> dict[str, Any]:
         """What goes into the checkpoint."""
@@ -72,7 +72,7 @@ class Recorder(Checkpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Leaves hyperparameters that are objects out of the run's own checkpoints, not out of the user's."""
-        left_out = keep_plain_hyperparameters(checkpoint) if self._saving else []
+        left_out = keep_plain_hyperparameters(checkpoint) if self.saving else []
         if left_out and trainer.is_global_zero and not self._warned:
             self._warned = True
             warnings.warn(
@@ -148,12 +148,12 @@ class Recorder(Checkpoint):
         self._saved = versions(trainer.lightning_module)
         name = checkpoint_name(trainer.global_step)
         with self.folder.new_checkpoint(name) as folder:
-            self._saving = True
+            self.saving = True
             trainer.save_checkpoint(folder / CHECKPOINT)
-            self._saving = False
             if trainer.is_global_zero:
                 check_saved(str(folder / CHECKPOINT))
             self.report(metrics, name, folder if trainer.is_global_zero else None)
+            self.saving = False
         self.newest = name
 
 

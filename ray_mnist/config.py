@@ -1,5 +1,6 @@
 """The run's configuration: one typed definition behind the API, the command line, YAML files and sweeps."""
 
+import math
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -41,6 +42,9 @@ class RunConfig:
     checkpoint_every_n_steps: int | None = _option(
         None, "also checkpoint every so many optimizer steps, not only after each epoch"
     )
+    stall_timeout: float = _option(
+        300, "seconds without progress of any worker, or an answer of one, after which they start again; 0 waits on"
+    )
     allow_nan: bool = _option(False, "go on when the loss is NaN or infinite, which otherwise ends the run")
     address: str | None = _option(
         None, "the Ray cluster to join (default: the one this machine is part of, or else a new local one)"
@@ -60,6 +64,8 @@ class RunConfig:
             self._at_least("checkpoint_every_n_steps", 1)
         if self.cpus_per_worker is not None:
             self._at_least("cpus_per_worker", 1)
+        if isinstance(self.stall_timeout, bool | str) or not 0 <= self.stall_timeout < math.inf:
+            raise RequestError(f"--stall-timeout {self.stall_timeout} is not possible: give seconds, or 0 to wait on.")
         if self.use_gpu and self.tpu_cores:
             raise RequestError("--use-gpu and --tpu-cores were both given: a run trains on GPUs or on a TPU, drop one.")
         if self.num_workers and self.tpu_cores:

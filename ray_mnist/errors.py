@@ -21,6 +21,22 @@ class TrainingError(Exception):
         return self.message
 
 
+class Stalled(Exception):
+    """A worker does not go on, and is to be started again.
+
+    Args:
+        how: the rest of a sentence that begins with the worker.
+        details: what it was doing, if it could tell.
+    """
+
+    def __init__(self, how: str, details: str = "") -> None:
+        super().__init__(how, details)
+        self.how, self.details = how, details
+
+    def __str__(self) -> str:
+        return self.how
+
+
 def one_line(error: BaseException) -> str:
     """The error's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -4,7 +4,9 @@ tests/test_internals.py names what a new release moved.
 """
 
 import socket
-from typing import Any
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, Protocol
 
 import ray
 from ray._private.state import state as global_state
@@ -14,10 +16,12 @@ from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, get_env_vars_to_propagate
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus
 from ray.util import get_current_placement_group
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -31,6 +35,40 @@ def output_files() -> str:
     """The files that Ray keeps of what this worker process writes to stdout and stderr, and their machine."""
     written = global_worker.get_out_file_path(), global_worker.get_err_file_path()
     return f"{' and '.join(written)} on {socket.gethostname()}"
+
+
+class Watch(Protocol):
+    """What `WatchedGroup` needs of a `StallWatch`."""
+
+    def begin(self, workers: list[tuple[str, Callable[[Callable[[], Any]], "Future[Any]"]]]) -> None:
+        """Takes each rank's host, and what has its process call a function."""
+
+    def look(self) -> Mapping[int, Exception]:
+        """The errors that workers are to have failed with."""
+
+
+class WatchedGroup(WorkerGroupCallback):
+    """Has the controller ask a watch, each time that it looks after the workers, for those that are to have failed.
+
+    Of Ray's public callbacks, none is called while all is well, or has the workers.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def after_worker_group_training_start(self, worker_group: WorkerGroup) -> None:
+        """Begins to watch, each time that workers are started."""
+
+        def asking(worker: Any) -> Any:
+            return lambda function: worker.execute_async(function).future()
+
+        self.watch.begin([(worker.metadata.hostname, asking(worker)) for worker in worker_group.get_workers()])
+
+    def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
+        """Adds the watch's errors to those that Ray has found, if those are none."""
+        if not worker_group_status.errors:
+            for rank, error in self.watch.look().items():
+                worker_group_status.worker_statuses[rank].error = error
 
 
 class StartedWorkerGroup(WorkerGroup):
@@ -87,11 +125,13 @@ class AbortableTorchTrainer(TorchTrainer):
     def _create_default_callbacks(self) -> list[Any]:
         # The watchdog that removes the placement group of a controller that died, as `abort` does: a detached actor,
         # that nobody would end where Ray's state API is out of reach.
-        return [
+        kept = [
             callback
             for callback in super()._create_default_callbacks()
             if not isinstance(callback, PlacementGroupCleanerCallback)
         ]
+        # The watch first: what it finds is for the run's UserCallback, too.
+        return sorted(kept, key=lambda callback: not isinstance(callback, WatchedGroup))
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         settings = {"env_vars": get_env_vars_to_propagate()}

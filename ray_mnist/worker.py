@@ -27,6 +27,7 @@ from ray_mnist.lightning_internals import spare_each_step
 from ray_mnist.run.events import CheckpointPassedOver, EpochEnded, Event
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row, TrainerState
+from ray_mnist.run.progress import follow
 from ray_mnist.run.records import metrics_csv
 
 
@@ -220,6 +221,7 @@ def make_trainer(job: Job, context: WorkerContext, *callbacks: pl.Callback) -> p
     arguments["callbacks"] = [Randomness(job.seed), *arguments["callbacks"], *callbacks]
     with_context = arguments | context.trainer_arguments() | {"use_distributed_sampler": False}
     trainer: Any = pl.Trainer(**with_context)
+    follow(trainer)
     shard_loaders(trainer, job.seed, presharded)
     extend(trainer.strategy, LoadsOncePerNode)
     weighting = LossWeighting()

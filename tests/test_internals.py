@@ -26,7 +26,12 @@ PACKAGE = Path(__file__).parents[1] / "ray_mnist"
 INTERNALS = ("ray_internals.py", "ray_train_internals.py", "lightning_internals.py")
 THEIRS = ("ray", "pytorch_lightning", "lightning_fabric")
 # Private names of the standard library and of torch, each in the one file that needs it.
-OTHERS = {("callbacks.py", "_version"), ("launch/xla.py", "_exit"), ("distributed/loaders.py", "_iterator")}
+OTHERS = {
+    ("callbacks.py", "_version"),
+    ("launch/xla.py", "_exit"),
+    ("distributed/loaders.py", "_iterator"),
+    ("run/progress.py", "_current_frames"),
+}
 
 
 def imports(file: Path) -> Iterator[tuple[str, str]]:

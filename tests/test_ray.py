@@ -4,8 +4,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,46 @@ def test_a_killed_worker_costs_no_sample(
     assert [row["val_loss"] for row in trainer.result.history] == [
         row["val_loss"] for row in read_metrics(RunFolder(str(two_workers.parent), "two"))
     ]
+
+
+class StallOnce(pl.Callback):
+    """Stops the worker of rank 1 in one step, and has it sleep in a later one, the first time that it gets to each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        marker = self.folder / str(trainer.global_step)
+        if trainer.global_rank == 1 and trainer.global_step in STALLS and not marker.exists():
+            marker.write_text(str(os.getpid()))
+            if trainer.global_step == STALLS[0]:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            else:
+                time.sleep(10_000)
+
+
+STALLS = (STEPS_PER_EPOCH + 8, 2 * STEPS_PER_EPOCH + 8)
+
+
+@pytest.mark.slow
+def test_a_worker_that_stalls_is_named_ended_and_costs_no_sample(
+    two_workers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    staller = StallOnce(tmp_path)
+    fit(tmp_path, "run", 2, callbacks=[staller], checkpoint_every_n_steps=5, max_failures=2, stall_timeout=5)
+    shown, host = capsys.readouterr().out, socket.gethostname()
+    for step, why, failure in zip(
+        STALLS, ("no answer", "no progress"), read_failures(RunFolder(str(tmp_path), "run")), strict=True
+    ):
+        assert failure.startswith(f"worker 1 on {host} stalled in training after step {step}: {why} for 5 s; starting")
+        assert f"failure: {failure}" in shown
+        assert not psutil.pid_exists(int((tmp_path / str(step)).read_text()))
+    stacks = [(tmp_path / f"run/stalls/rank-{rank}.txt").read_text() for rank in range(2)]
+    assert "in backward" in stacks[0]
+    assert "in on_train_batch_start" in stacks[1]
+    undisturbed = final_weights(two_workers.parent, "two")
+    for key, value in final_weights(tmp_path, "run").items():
+        assert torch.equal(value, undisturbed[key]), key
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -9,8 +11,8 @@ import ray.train
 from ray.exceptions import RayError
 
 from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
-from ray_mnist.errors import RequestError, TrainingError, one_line
-from ray_mnist.launch.channel import Send
+from ray_mnist.errors import RequestError, Stalled, TrainingError, one_line
+from ray_mnist.launch.channel import PATIENCE_S, Send
 from ray_mnist.run.events import WorkersFailed
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.records import FAILURES, one_failure
@@ -59,11 +61,27 @@ class Failures(ray.train.UserCallback):
         )
         failure = {"workers": failures, "then": then}
         self.send([WorkersFailed(sorted(worker_exceptions), one_failure(failure))])
-        with suppress(OSError):  # storage that fails is something to recover from, too
-            before = folder.read(FAILURES).decode() if folder.has(FAILURES) else ""
-            folder.write(FAILURES, before + json.dumps(failure) + "\n")
+        in_time(lambda: add_line(folder, json.dumps(failure)))
         if bug:
             raise describe_all(worker_exceptions)
+
+
+def add_line(folder: RunFolder, line: str) -> None:
+    """Adds it to the list of failures."""
+    before = folder.read(FAILURES).decode() if folder.has(FAILURES) else ""
+    folder.write(FAILURES, f"{before}{line}\n")
+
+
+def in_time(write: Callable[[], None]) -> None:
+    """Writes to the storage, and leaves that where it fails or takes long: what is to be recovered from may be that."""
+
+    def try_to() -> None:
+        with suppress(OSError):
+            write()
+
+    thread = threading.Thread(target=try_to, daemon=True)
+    thread.start()
+    thread.join(PATIENCE_S)
 
 
 def raised_by_training(error: Exception) -> bool:
@@ -101,6 +119,8 @@ def names(error: Exception) -> list[str]:
 
 def describe(rank: int, error: Exception) -> TrainingError:
     """The failure of one worker."""
+    if isinstance(error, Stalled):
+        return TrainingError(f"worker {rank} {error}", error.details)
     if not raised_by_training(error):
         return TrainingError(f"worker {rank} died: killed, out of memory, or its machine is gone", str(error))
     if isinstance(error, TrainingError):

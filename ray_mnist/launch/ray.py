@@ -28,7 +28,8 @@ from ray_mnist.launch.channel import over_ray
 from ray_mnist.launch.connection import environment, go_to, this_folder
 from ray_mnist.launch.failures import Failures, describe_all
 from ray_mnist.launch.output import root_logger, worker_output
-from ray_mnist.ray_train_internals import SNAPSHOT, AbortableTorchTrainer, output_files
+from ray_mnist.launch.stalls import StallWatch
+from ray_mnist.ray_train_internals import SNAPSHOT, AbortableTorchTrainer, WatchedGroup, output_files
 from ray_mnist.run.events import Tell
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
@@ -154,6 +155,7 @@ def launch(
         RequestError: a worker found that the request cannot be met.
         TrainingError: training failed, more often than `config.max_failures` allows.
     """
+    stalls = [WatchedGroup(StallWatch(job.folder, config.stall_timeout))] if config.stall_timeout else []
     with environment(RAY_TRAIN_SETTINGS), over_ray(tell) as send:
         trainer = trainer_class(
             train_function,
@@ -177,7 +179,7 @@ def launch(
                     max_preemption_failures=config.max_failures,
                     controller_failure_limit=1,
                 ),
-                callbacks=[Failures(job.folder, config.max_failures, send)],
+                callbacks=[Failures(job.folder, config.max_failures, send), *stalls],
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),
         )
