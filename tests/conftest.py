@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import atexit
+import multiprocessing.util
 import os
 import shutil
 import socket
@@ -36,8 +37,9 @@ def pytest_configure() -> None:
         folder = tempfile.mkdtemp(prefix="t-")
     os.chmod(folder, 0o755)  # some tests read there as another user
     os.environ["TMPDIR"] = tempfile.tempdir = folder
-    # After multiprocessing, which is imported later, has removed what it has there.
+    # After multiprocessing, which comes later, has removed what it has there.
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    multiprocessing.util.get_temp_dir()  # its sockets' folder: not that of a test which has another temporary folder
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -60,10 +60,9 @@ def connect(config: RunConfig, job: "Job", cpus: int = 0) -> Iterator[None]:
 def start_if_local(config: RunConfig) -> None:
     """Starts Ray if the run will need a new local one, for `connect` to find; the process's end ends it.
 
-    Raises:
-        RequestError: no Ray head answers where the run is to join one.
+    What is wrong with Ray or its address `connect` says, after what is wrong with the rest.
     """
-    with console.quiet(), suppress(ConnectionError, RuntimeError, ValueError):  # `connect` says what is wrong
+    with console.quiet(), suppress(RequestError, ConnectionError, RuntimeError, ValueError):
         if address_to_join(config.address) is None:
             ahead.start_ray(config)
 
