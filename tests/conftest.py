@@ -1,7 +1,6 @@
 """What several test files share."""
 
 import atexit
-import multiprocessing.util
 import os
 import shutil
 import socket
@@ -29,17 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Gives the tests a temporary folder of their own: who is killed leaves things there, and so does Ray always."""
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # `tmp_path` outlives the tests
-    # Short: below it are sockets, whose paths have at most 107 characters.
-    if of_several := os.environ.get("PYTEST_XDIST_WORKER"):  # which does not run what is registered for its exit
-        folder = str(Path(tempfile.gettempdir(), of_several))
-        os.mkdir(folder)
-    else:
-        folder = tempfile.mkdtemp(prefix="t-")
+    # Not inside that of the process that started this one: below are sockets, whose paths have 107 characters at most.
+    folder = tempfile.mkdtemp(prefix="t-", dir=os.environ["PYTEST_DEBUG_TEMPROOT"])
     os.chmod(folder, 0o755)  # some tests read there as another user
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     # After multiprocessing, which comes later, has removed what it has there.
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    multiprocessing.util.get_temp_dir()  # its sockets' folder: not that of a test which has another temporary folder
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

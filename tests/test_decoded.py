@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import shutil
 import tempfile
@@ -32,6 +33,7 @@ CIFAR10_BYTES = 60_000 * 3 * 32 * 32
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A temporary folder of the test's own, for the processes that it starts too."""
+    multiprocessing.util.get_temp_dir()  # multiprocessing's own stays where it is: its sockets' paths have to be short
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
