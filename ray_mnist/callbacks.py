@@ -18,6 +18,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
+from ray_mnist.distributed.agreement import RankZero
 from ray_mnist.distributed.collectives import gather, total
 from ray_mnist.distributed.loaders import samples_seen
 from ray_mnist.distributed.sharding import seed_cpu
@@ -42,10 +43,12 @@ class Recorder(Checkpoint):
         folder: RunFolder,
         report: Report,
         every_n_steps: int | None = None,
+        every_s: int | None = None,
         monitor: str = "val_loss",
         mode: str = "min",
     ) -> None:
         self.folder, self.report, self.every_n_steps = folder, report, every_n_steps
+        self.rank_zero = RankZero(every_s)
         self.monitor, self.sign = monitor, 1 if mode == "min" else -1
         self.history: list[Row] = []
         self.best: str | None = None
@@ -84,6 +87,7 @@ class Recorder(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock, also where a run resumes inside an epoch and no epoch starts."""
         self._last_step = trainer.global_step
+        self.rank_zero.begin(trainer)
         self._start_clock(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -100,10 +104,10 @@ class Recorder(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Checkpoints inside the epoch when it is time; the epoch's end does so for its last step."""
-        if not self.every_n_steps:
-            return
         step = trainer.global_step
-        if step != self._last_step and step % self.every_n_steps == 0 and not trainer.is_last_batch:
+        if step == self._last_step or trainer.is_last_batch:
+            return
+        if self.rank_zero.says_save(trainer) or (self.every_n_steps and step % self.every_n_steps == 0):
             self._save(trainer, {"epoch": trainer.current_epoch + 1, "step": step})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -155,6 +159,7 @@ class Recorder(Checkpoint):
                 check_saved(str(folder / CHECKPOINT))
             self.report(metrics, name, folder if trainer.is_global_zero else None)
         self.newest = name
+        self.rank_zero.saved()
 
 
 def versions(module: LightningModule) -> list[int]:

@@ -41,6 +41,7 @@ class RunConfig:
     checkpoint_every_n_steps: int | None = _option(
         None, "also checkpoint every so many optimizer steps, not only after each epoch"
     )
+    checkpoint_every_s: int | None = _option(None, "also checkpoint when the last one is so many seconds old")
     allow_nan: bool = _option(False, "go on when the loss is NaN or infinite, which otherwise ends the run")
     address: str | None = _option(
         None, "the Ray cluster to join (default: the one this machine is part of, or else a new local one)"
@@ -56,10 +57,9 @@ class RunConfig:
         if self.seed > MAX_SEED:
             raise RequestError(f"--seed {self.seed} is not possible: give a whole number of at most {MAX_SEED}.")
         self._at_least("max_failures", 0)
-        if self.checkpoint_every_n_steps is not None:
-            self._at_least("checkpoint_every_n_steps", 1)
-        if self.cpus_per_worker is not None:
-            self._at_least("cpus_per_worker", 1)
+        for name in ("checkpoint_every_n_steps", "checkpoint_every_s", "cpus_per_worker"):
+            if getattr(self, name) is not None:
+                self._at_least(name, 1)
         if self.use_gpu and self.tpu_cores:
             raise RequestError("--use-gpu and --tpu-cores were both given: a run trains on GPUs or on a TPU, drop one.")
         if self.num_workers and self.tpu_cores:

@@ -252,6 +252,7 @@ class Trainer:
             name=name,
             seed=self.config.seed,
             checkpoint_every_n_steps=self.config.checkpoint_every_n_steps,
+            checkpoint_every_s=self.config.checkpoint_every_s,
             allow_nan=self.config.allow_nan,
             checkpoint=self._checkpoint(ckpt_path),
             weights_only=weights_only is not False,

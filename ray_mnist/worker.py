@@ -47,6 +47,7 @@ class Job:
     name: str
     seed: int
     checkpoint_every_n_steps: int | None = None
+    checkpoint_every_s: int | None = None
     checkpoint: str | None = None
     weights_only: bool = True
     monitor: tuple[str, str] | None = None
@@ -135,7 +136,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
                 context.tell(EpochEnded(metrics))
 
     monitor, mode = job.monitor or monitor_of(job.lightning["callbacks"])
-    recorder = Recorder(folder, report, job.checkpoint_every_n_steps, monitor, mode)
+    recorder = Recorder(folder, report, job.checkpoint_every_n_steps, job.checkpoint_every_s, monitor, mode)
     trainer: Any = make_trainer(job, context, EpochSoFar(), *([] if job.allow_nan else [FiniteLoss()]), recorder)
     if trainer.is_global_zero:
         recorder.newest = folder.newest_sound_checkpoint(

@@ -59,6 +59,7 @@ class Plan:
             name=name,
             seed=self.config.seed,
             checkpoint_every_n_steps=self.config.checkpoint_every_n_steps,
+            checkpoint_every_s=self.config.checkpoint_every_s,
             allow_nan=self.config.allow_nan,
             monitor=(self.metric, self.mode),
             with_test=False,
