@@ -6,12 +6,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import pytorch_lightning as pl
+import ray
+import ray._private.state
 import torch
 from conftest import wait_until
 
@@ -106,6 +110,42 @@ def test_a_killed_worker_costs_no_sample(
     assert [row["val_loss"] for row in trainer.result.history] == [
         row["val_loss"] for row in read_metrics(RunFolder(str(two_workers.parent), "two"))
     ]
+
+
+def process_of(actor_class: str) -> int:
+    """The process of the first actor of this class that is alive or about to be; 0 if there is none."""
+    found = [actor for actor in ray._private.state.actors().values() if actor["ActorClassName"] == actor_class]
+    return next((actor["Pid"] for actor in found if actor["State"] in ("PENDING_CREATION", "ALIVE")), 0)
+
+
+@pytest.mark.slow
+def test_deaths_in_starting_and_of_the_controller_are_failures_like_any_other(cluster: None, tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "run")
+    killed: list[int] = []
+
+    def kill_when(actor_class: str, condition: Callable[[], bool] = lambda: True) -> None:
+        wait_until(condition, 120, "its time to die")
+        wait_until(lambda: process_of(actor_class) not in (0, *killed), 120, f"the process of a {actor_class}")
+        killed.append(process_of(actor_class))
+        os.kill(killed[-1], signal.SIGKILL)
+
+    def kill_three() -> None:
+        kill_when("RayTrainWorker")
+        kill_when("RayTrainWorker", lambda: len(read_failures(folder)) == 1)
+        kill_when("TrainController", lambda: len(folder.checkpoints()) > 0)
+
+    killer = threading.Thread(target=kill_three, daemon=True)
+    killer.start()
+    trainer = fit(tmp_path, "run", 2, checkpoint_every_n_steps=1, max_failures=3)
+    assert len(killed) == trainer.result.values["restarts"] == 3
+    dead = "died: killed, out of memory, or its machine is gone; starting again"
+    assert [line.partition(", once")[0] for line in read_failures(folder)] == [
+        f"a worker that was starting {dead}",
+        f"a worker that was starting {dead}",
+        f"the run's controller {dead}",
+    ]
+    assert final_weights(tmp_path, "run")
+    assert [row["epoch"] for row in read_metrics(folder)] == list(range(1, EPOCHS + 1))
 
 
 @pytest.mark.slow
