@@ -22,7 +22,7 @@ from ray_mnist.distributed.agreement import RankZero
 from ray_mnist.distributed.collectives import gather, total
 from ray_mnist.distributed.loaders import samples_seen
 from ray_mnist.distributed.sharding import seed_cpu
-from ray_mnist.errors import TrainingError
+from ray_mnist.errors import Stopped, TrainingError
 from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name
 from ray_mnist.run.outcome import Row
 from ray_mnist.run.trust import check_saved, keep_plain_hyperparameters
@@ -42,13 +42,12 @@ class Recorder(Checkpoint):
         self,
         folder: RunFolder,
         report: Report,
+        rank_zero: RankZero,
         every_n_steps: int | None = None,
-        every_s: int | None = None,
         monitor: str = "val_loss",
         mode: str = "min",
     ) -> None:
-        self.folder, self.report, self.every_n_steps = folder, report, every_n_steps
-        self.rank_zero = RankZero(every_s)
+        self.folder, self.report, self.rank_zero, self.every_n_steps = folder, report, rank_zero, every_n_steps
         self.monitor, self.sign = monitor, 1 if mode == "min" else -1
         self.history: list[Row] = []
         self.best: str | None = None
@@ -107,8 +106,11 @@ class Recorder(Checkpoint):
         step = trainer.global_step
         if step == self._last_step or trainer.is_last_batch:
             return
-        if self.rank_zero.says_save(trainer) or (self.every_n_steps and step % self.every_n_steps == 0):
+        save, stop = self.rank_zero.says(trainer)
+        if save or (self.every_n_steps and step % self.every_n_steps == 0):
             self._save(trainer, {"epoch": trainer.current_epoch + 1, "step": step})
+        if stop:
+            self._stop(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is not training time."""
@@ -141,11 +143,17 @@ class Recorder(Checkpoint):
         if score < self.best_score or self.best_score == float("inf"):
             self.best_score, self.best = score, checkpoint_name(trainer.global_step)
         self._save(trainer, row)
+        if self.rank_zero.says(trainer)[1]:
+            self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves once more where something changed the weights after the last epoch, as averaging them does."""
         if self._saved and self._saved != versions(pl_module):
             self._save(trainer, {"epoch": trainer.current_epoch, "step": trainer.global_step})
+
+    def _stop(self, trainer: Trainer) -> None:
+        trainer.strategy.barrier()  # one that ended earlier would have the others ended, rank 0 as it stores
+        raise Stopped
 
     def _save(self, trainer: Trainer, metrics: Row) -> None:
         self._last_step = trainer.global_step

@@ -1,5 +1,6 @@
 """All ranks checkpoint at the same step when it is rank 0's clock that says when, and are seldom asked."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,11 +63,11 @@ def asked(seconds_of: Callable[[int], float], until: int) -> list[int]:
     trainer: Any = SimpleNamespace(global_step=0, strategy=None)
     trainer.strategy = SimpleNamespace(broadcast=lambda answer: found.append(trainer.global_step) or answer)
     now = 0.0
-    rank_zero = RankZero(every_s=3600, clock=lambda: now)
+    rank_zero = RankZero(threading.Event(), clock=lambda: now)
     rank_zero.begin(trainer)
     for step in range(1, until + 1):
         trainer.global_step, now = step, now + seconds_of(step)
-        assert not rank_zero.says_save(trainer)
+        assert rank_zero.says(trainer) == (False, False)
     return found
 
 

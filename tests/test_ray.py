@@ -200,7 +200,7 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_run_whose_driver_ends_leaves_nothing_and_resumes(how: signal.Signals, tmp_path: Path, command: Any) -> None:
     driver = start(tmp_path, "--max-epochs", "1000")
     folder = RunFolder(str(tmp_path / "runs"), "run")
@@ -220,9 +220,10 @@ def test_a_run_whose_driver_ends_leaves_nothing_and_resumes(how: signal.Signals,
         alive = list(set(alive) - set(agents))
     assert started
     assert not alive
-    assert driver.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[how], output
-    if how == signal.SIGINT:
-        assert output.splitlines()[-1] == "interrupted: go on with `python -m ray_mnist.train --resume --name run`"
+    assert driver.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[how], output
+    if how != signal.SIGKILL:
+        said = "interrupted" if how == signal.SIGINT else "terminated"
+        assert output.splitlines()[-1] == f"{said}: go on with `python -m ray_mnist.train --resume --name run`"
     newest = int(folder.checkpoints()[0].removeprefix("checkpoint_"))
     epochs = newest // STEPS_PER_EPOCH + 2
     done = command("--resume", "--name", "run", "--max-epochs", str(epochs))

@@ -9,7 +9,7 @@ import ray.train
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
-from ray_mnist.errors import RequestError, TrainingError, one_line
+from ray_mnist.errors import RequestError, Stopped, TrainingError, one_line
 from ray_mnist.launch.channel import Send
 from ray_mnist.run.events import WorkersFailed
 from ray_mnist.run.folder import RunFolder
@@ -49,10 +49,13 @@ class Failures(ray.train.UserCallback):
         self.tries_left, self.send = max_failures, send
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Adds a line to the run folder's list of failures, unless the request was wrong: that leaves no folder."""
+        """Adds a line to the run folder's list of failures.
+
+        Not so where the request was wrong, which leaves no folder, or the run was told to stop, which is no failure.
+        """
         for error in worker_exceptions.values():
-            if isinstance(error, RequestError):
-                raise RequestError(str(error))  # without the note, which is no news
+            if isinstance(error, RequestError | Stopped):
+                raise type(error)(*error.args)  # without the note, which is no news
         folder = RunFolder(self.storage_path, self.name)
         failures = [describe(rank, error).message for rank, error in sorted(worker_exceptions.items())]
         bug = any(is_bug(error) for error in worker_exceptions.values())

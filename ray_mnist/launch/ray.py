@@ -5,7 +5,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,12 @@ from ray_mnist.checks.preflight import WAIT_FOR_NODES_S, Bundle, Cluster
 from ray_mnist.cli.lightning_arguments import FIND_UNUSED
 from ray_mnist.config import RunConfig
 from ray_mnist.distributed.strategy import FollowsFreezing, extend
-from ray_mnist.errors import RequestError, TrainingError
-from ray_mnist.launch.channel import over_ray
+from ray_mnist.errors import RequestError, Stopped, TrainingError
+from ray_mnist.launch.channel import over_ray, stop_sign, wait_for
 from ray_mnist.launch.connection import environment, go_to, this_folder
 from ray_mnist.launch.failures import Failures, describe_all, describe_start, may_start_next_time, write_down
 from ray_mnist.launch.output import root_logger, worker_output
+from ray_mnist.launch.termination import on_sigterm
 from ray_mnist.ray_internals import SNAPSHOT, AbortableTorchTrainer, output_files
 from ray_mnist.run.events import Tell, WorkersFailed
 from ray_mnist.run.folder import RunFolder
@@ -74,7 +77,7 @@ class RayContext:
 
     def __init__(self, job: Job, use_gpu: bool, tell: Tell) -> None:
         self.job, self.use_gpu, self.tell = job, use_gpu, tell
-        self.context = ray.train.get_context()
+        self.context, self.stop = ray.train.get_context(), threading.Event()
 
     def trainer_arguments(self) -> dict[str, Any]:
         """The strategy, over the process group that Ray has made."""
@@ -138,7 +141,10 @@ def train_function(config: dict[str, Any]) -> Outcome | Evaluation | None:
     with worker_output(config["send"], rank, output_files(), config["root_logger"]) as tell:
         try:
             job: Job = cloudpickle.loads(config["job"])  # here, since modules may print as they are imported
-            outcome = run_and_collect(job, RayContext(job, config["use_gpu"], tell))
+            context = RayContext(job, config["use_gpu"], tell)
+            if rank == 0:
+                config["wait_for_stop"](context.stop)
+            outcome = run_and_collect(job, context)
             return outcome if rank == 0 else None
         except Exception as error:
             if "find_unused_parameters" in str(error):
@@ -167,14 +173,18 @@ def launch(
     Raises:
         RequestError: a worker found that the request cannot be met.
         TrainingError: training failed, more often than `config.max_failures` allows.
+        Stopped: SIGTERM came.
     """
-    with environment(RAY_TRAIN_SETTINGS), over_ray(tell) as send:
+    with environment(RAY_TRAIN_SETTINGS), over_ray(tell) as send, stop_sign() as sign, ExitStack() as held:
+        if job.task == "fit":
+            held.enter_context(on_sigterm(sign.set.remote))
         settings = {
             "job": cloudpickle.dumps(job),
             "use_gpu": config.use_gpu,
             "threads": config.cpus_per_worker or 1,
             "folder": this_folder(),
             "send": send,
+            "wait_for_stop": partial(wait_for, sign),
             "root_logger": root_logger(),
         }
         tries_left = config.max_failures
@@ -190,7 +200,7 @@ def launch(
             except (ray.train.TrainingFailedError, RayError) as error:
                 trainer.abort()  # the controller may have died
                 failure = error.controller_failure if isinstance(error, ray.train.ControllerError) else error
-                if isinstance(failure, RequestError | TrainingError):
+                if isinstance(failure, RequestError | TrainingError | Stopped):
                     raise failure from None
                 tries_left -= max(0, len(read_failures(job.folder)) - written)
                 again = tries_left > 0 and may_start_next_time(failure)

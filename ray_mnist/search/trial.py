@@ -12,7 +12,7 @@ import torch
 from ray import tune
 
 from ray_mnist.config import RunConfig
-from ray_mnist.errors import TrainingError, one_line
+from ray_mnist.errors import Stopped, TrainingError, one_line
 from ray_mnist.launch.connection import go_to
 from ray_mnist.launch.local import LocalContext
 from ray_mnist.run.events import EpochEnded, Event
@@ -65,10 +65,6 @@ class Plan:
             with_test=False,
             lightning=self.lightning,
         )
-
-
-class Stopped(Exception):
-    """The trial is to end here."""
 
 
 class Interrupted(tune.Callback):
