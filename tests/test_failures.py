@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from ray_mnist.errors import RequestError, TrainingError
+from ray_mnist.errors import RequestError, Stopped, TrainingError
 from ray_mnist.launch.failures import Failures, describe_all, describe_start, is_bug, may_start_next_time
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.records import read_failures
@@ -175,6 +175,14 @@ def test_a_failure_is_written_down_and_only_a_bug_ends_the_run(tmp_path: Path) -
     assert "uncorrectable ECC" in first
     assert "; starting again" in first
     assert second == "worker 1: KeyError: 'batch'; giving up"
+
+
+def test_a_run_that_was_told_to_stop_has_not_failed(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "run")
+    lost = raised(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
+    with pytest.raises(Stopped):
+        Failures(folder, max_failures=1, send=list).after_exception(None, {0: lost, 1: raised(Stopped())})
+    assert read_failures(folder) == []
 
 
 def test_storage_that_fails_when_a_failure_is_to_be_written_down_is_no_reason_to_end_the_run() -> None:
