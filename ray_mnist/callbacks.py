@@ -18,10 +18,11 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
+from ray_mnist.distributed.agreement import RankZero
 from ray_mnist.distributed.collectives import gather, total
 from ray_mnist.distributed.loaders import samples_seen
 from ray_mnist.distributed.sharding import seed_cpu
-from ray_mnist.errors import TrainingError
+from ray_mnist.errors import Stopped, TrainingError
 from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name
 from ray_mnist.run.outcome import Row
 from ray_mnist.run.trust import check_saved, keep_plain_hyperparameters
@@ -41,11 +42,12 @@ class Recorder(Checkpoint):
         self,
         folder: RunFolder,
         report: Report,
+        rank_zero: RankZero,
         every_n_steps: int | None = None,
         monitor: str = "val_loss",
         mode: str = "min",
     ) -> None:
-        self.folder, self.report, self.every_n_steps = folder, report, every_n_steps
+        self.folder, self.report, self.rank_zero, self.every_n_steps = folder, report, rank_zero, every_n_steps
         self.monitor, self.sign = monitor, 1 if mode == "min" else -1
         self.history: list[Row] = []
         self.best: str | None = None
@@ -84,6 +86,7 @@ class Recorder(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock, also where a run resumes inside an epoch and no epoch starts."""
         self._last_step = trainer.global_step
+        self.rank_zero.begin(trainer)
         self._start_clock(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -100,11 +103,14 @@ class Recorder(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Checkpoints inside the epoch when it is time; the epoch's end does so for its last step."""
-        if not self.every_n_steps:
-            return
         step = trainer.global_step
-        if step != self._last_step and step % self.every_n_steps == 0 and not trainer.is_last_batch:
+        if step == self._last_step or trainer.is_last_batch:
+            return
+        save, stop = self.rank_zero.says(trainer)
+        if save or (self.every_n_steps and step % self.every_n_steps == 0):
             self._save(trainer, {"epoch": trainer.current_epoch + 1, "step": step})
+        if stop:
+            self._stop(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is not training time."""
@@ -137,11 +143,17 @@ class Recorder(Checkpoint):
         if score < self.best_score or self.best_score == float("inf"):
             self.best_score, self.best = score, checkpoint_name(trainer.global_step)
         self._save(trainer, row)
+        if self.rank_zero.says(trainer)[1]:
+            self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves once more where something changed the weights after the last epoch, as averaging them does."""
         if self._saved and self._saved != versions(pl_module):
             self._save(trainer, {"epoch": trainer.current_epoch, "step": trainer.global_step})
+
+    def _stop(self, trainer: Trainer) -> None:
+        trainer.strategy.barrier()  # one that ended earlier would have the others ended, rank 0 as it stores
+        raise Stopped
 
     def _save(self, trainer: Trainer, metrics: Row) -> None:
         self._last_step = trainer.global_step
@@ -155,6 +167,7 @@ class Recorder(Checkpoint):
             self.report(metrics, name, folder if trainer.is_global_zero else None)
             self.saving = False
         self.newest = name
+        self.rank_zero.saved()
 
 
 def versions(module: LightningModule) -> list[int]:

@@ -45,6 +45,7 @@ class RunConfig:
     stall_timeout: float = _option(
         300, "seconds without progress of any worker, or an answer of one, after which they start again; 0 waits on"
     )
+    checkpoint_every_s: int | None = _option(None, "also checkpoint when the last one is so many seconds old")
     allow_nan: bool = _option(False, "go on when the loss is NaN or infinite, which otherwise ends the run")
     address: str | None = _option(
         None, "the Ray cluster to join (default: the one this machine is part of, or else a new local one)"
@@ -60,10 +61,9 @@ class RunConfig:
         if self.seed > MAX_SEED:
             raise RequestError(f"--seed {self.seed} is not possible: give a whole number of at most {MAX_SEED}.")
         self._at_least("max_failures", 0)
-        if self.checkpoint_every_n_steps is not None:
-            self._at_least("checkpoint_every_n_steps", 1)
-        if self.cpus_per_worker is not None:
-            self._at_least("cpus_per_worker", 1)
+        for name in ("checkpoint_every_n_steps", "checkpoint_every_s", "cpus_per_worker"):
+            if getattr(self, name) is not None:
+                self._at_least(name, 1)
         if isinstance(self.stall_timeout, bool | str) or not 0 <= self.stall_timeout < math.inf:
             raise RequestError(f"--stall-timeout {self.stall_timeout} is not possible: give seconds, or 0 to wait on.")
         if self.use_gpu and self.tpu_cores:

@@ -37,6 +37,10 @@ class Stalled(Exception):
         return self.how
 
 
+class Stopped(Exception):
+    """The training ends here because it was told to, and can go on from its newest checkpoint."""
+
+
 def one_line(error: BaseException) -> str:
     """The error's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -5,6 +5,7 @@ tests/test_internals.py names what a new release moved.
 """
 
 import copy
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -42,6 +43,20 @@ def spare_each_step(trainer: pl.Trainer) -> None:
         results[f"{fx}.{name}"].__class__ = SettledMetric
 
     results.log = log_settled
+
+
+def leave_sigterm_alone(trainer: pl.Trainer) -> None:
+    """Keeps the process's answer to SIGTERM: Lightning's would end the run without a checkpoint."""
+    connector: Any = trainer._signal_connector
+    register = connector.register_signal_handlers
+
+    def register_others() -> None:
+        answer = signal.getsignal(signal.SIGTERM)
+        register()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, answer)
+
+    connector.register_signal_handlers = register_others
 
 
 def hook_into_metrics(

@@ -10,7 +10,7 @@ import io
 import json
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def prepare_cluster_file(config: dict[str, Any]) -> tuple[dict[str, Any], str | 
 # Workers of Ray Train that are started before there is a run
 
 
-def worker_name(rank: int) -> str:
+def worker_name(rank: int | str) -> str:
     """The name under which a worker that is started already waits for a run."""
     return f"ray_mnist-worker-{rank}"
 
@@ -152,3 +152,11 @@ def start_workers(num_workers: int, prepare: Callable[[], None]) -> list[Any]:
     for worker in workers:
         worker.execute.remote(prepare)
     return workers
+
+
+def end_workers() -> None:
+    """Ends those that `start_workers` has started, whatever they do."""
+    for name in ray.util.list_named_actors():
+        if name.startswith(worker_name("")):
+            with suppress(ValueError):  # it has ended meanwhile
+                ray.kill(ray.get_actor(name))

@@ -26,7 +26,7 @@ from ray.util import get_current_placement_group
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from ray_mnist.ray_internals import worker_name
+from ray_mnist.ray_internals import end_workers, worker_name
 
 SNAPSHOT = CHECKPOINT_MANAGER_SNAPSHOT_FILENAME  # what Ray Train remembers of a run, in its folder
 
@@ -117,6 +117,7 @@ class AbortableTorchTrainer(TorchTrainer):
             group = PlacementGroupTableData.FromString(packed)
             if group.creator_actor_id == self.controller._actor_id.binary():
                 remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+        end_workers()  # which are in no placement group
 
     def controller_placement(self) -> Any:
         """On the node of this process."""

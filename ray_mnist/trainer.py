@@ -18,7 +18,7 @@ from torch import Tensor
 from ray_mnist.cli import console
 from ray_mnist.cli.lightning_arguments import check_kind, data_of, ends_otherwise, for_lightning
 from ray_mnist.config import OPTIONS, RunConfig, global_seed
-from ray_mnist.errors import RequestError
+from ray_mnist.errors import RequestError, Stopped
 from ray_mnist.launch.select import prepare
 from ray_mnist.run import lock, report
 from ray_mnist.run.events import EpochEnded
@@ -100,6 +100,7 @@ class Trainer:
         Raises:
             RequestError: the run cannot start, and nothing was written, or cannot go on, and its checkpoints are kept.
             TrainingError: training failed on the cluster, or the loss is not finite any more.
+            SystemExit: SIGTERM came; there is a checkpoint, and the exit status is 143.
         """
         started = time.time()
         data = data_of(datamodule, train_dataloaders=train_dataloaders, val_dataloaders=val_dataloaders)
@@ -120,9 +121,9 @@ class Trainer:
                 elif not folder.checkpoints():
                     folder.remove()
                 raise
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, Stopped) as end:
                 advice = report.how_to_resume(folder.name, self.config, bool(self.full_config))
-                raise KeyboardInterrupt(advice) from None
+                raise console.terminated(advice) if isinstance(end, Stopped) else KeyboardInterrupt(advice) from None
             for row in outcome.history:
                 show(EpochEnded(row))  # where the news of it was lost
             result = report.write_result(folder, self.config, model, data, outcome, started)
@@ -252,6 +253,7 @@ class Trainer:
             name=name,
             seed=self.config.seed,
             checkpoint_every_n_steps=self.config.checkpoint_every_n_steps,
+            checkpoint_every_s=self.config.checkpoint_every_s,
             allow_nan=self.config.allow_nan,
             checkpoint=self._checkpoint(ckpt_path),
             weights_only=weights_only is not False,

@@ -1,5 +1,6 @@
 """What runs inside every worker, wherever it was launched: fit, then test; or validate, test or predict alone."""
 
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ray_mnist.callbacks import FiniteLoss, Mistakes, Randomness, Recorder
+from ray_mnist.distributed.agreement import RankZero
 from ray_mnist.distributed.collectives import gather
 from ray_mnist.distributed.draws import SameDraws, compare_draws
 from ray_mnist.distributed.loaders import resumable_loaders
@@ -23,7 +25,7 @@ from ray_mnist.distributed.sharding import interleave
 from ray_mnist.distributed.strategy import LoadsOncePerNode, WeighsLosses, extend, shard_loaders
 from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.errors import RequestError
-from ray_mnist.lightning_internals import spare_each_step
+from ray_mnist.lightning_internals import leave_sigterm_alone, spare_each_step
 from ray_mnist.run.events import CheckpointPassedOver, EpochEnded, Event
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row, TrainerState
@@ -49,6 +51,7 @@ class Job:
     name: str
     seed: int
     checkpoint_every_n_steps: int | None = None
+    checkpoint_every_s: int | None = None
     checkpoint: str | None = None
     weights_only: bool = True
     monitor: tuple[str, str] | None = None
@@ -77,6 +80,8 @@ class WorkerContext(Protocol):
 
     def report(self, metrics: Row, name: str, checkpoint: Path | None) -> None:
         """Takes in a checkpoint (on rank 0; None elsewhere). All ranks call it, together."""
+
+    stop: threading.Event  # set, where rank 0 is, once the run is to checkpoint and end
 
     def tell(self, event: Event) -> None:
         """Takes news of the run for whoever follows it; it never waits, and never fails."""
@@ -124,6 +129,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
 
     Raises:
         TrainingError: the loss or a weight is not finite any more.
+        Stopped: `context.stop` was set, and there is a checkpoint of that.
     """
     started = time.time()
     folder = job.folder
@@ -137,8 +143,10 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
                 context.tell(EpochEnded(metrics))
 
     monitor, mode = job.monitor or monitor_of(job.lightning["callbacks"])
-    recorder = Recorder(folder, report, job.checkpoint_every_n_steps, monitor, mode)
+    rank_zero = RankZero(context.stop, job.checkpoint_every_s)
+    recorder = Recorder(folder, report, rank_zero, job.checkpoint_every_n_steps, monitor, mode)
     trainer: Any = make_trainer(job, context, EpochSoFar(), *([] if job.allow_nan else [FiniteLoss()]), recorder)
+    leave_sigterm_alone(trainer)
     if trainer.is_global_zero:
         recorder.newest = folder.newest_sound_checkpoint(
             lambda location, why: context.tell(CheckpointPassedOver(location, why))

@@ -7,6 +7,7 @@ its rank in the environment as under torchrun. Only the two things that Ray's co
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing import connection, get_context, parent_process, set_start_method
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,12 +19,13 @@ from ray import cloudpickle
 from ray.train.torch import TorchTrainer
 
 from ray_mnist.config import RunConfig
-from ray_mnist.errors import RequestError
+from ray_mnist.errors import RequestError, Stopped
 from ray_mnist.launch import ray as launch
 from ray_mnist.launch import select
 from ray_mnist.launch.connection import this_folder
 from ray_mnist.launch.failures import describe_all
 from ray_mnist.launch.output import root_logger
+from ray_mnist.launch.termination import on_sigterm
 from ray_mnist.run.events import Tell
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
 from ray_mnist.worker import Job
@@ -49,10 +51,16 @@ class GlooContext(launch.RayContext):
 def on_gloo(job: Job, config: RunConfig) -> Iterator[tuple[str, Any]]:
     """In place of `select.on_ray`."""
     select.check_serializable_job(job)
-    yield f"{config.num_workers} workers over gloo", lambda tell: run(job, config, tell)
+    stop = processes.Event()
+
+    def launch(tell: Tell) -> Outcome | Evaluation:
+        with on_sigterm(stop.set):
+            return run(job, config, tell, stop)
+
+    yield f"{config.num_workers} workers over gloo", launch
 
 
-def run(job: Job, config: RunConfig, tell: Tell) -> Outcome | Evaluation:
+def run(job: Job, config: RunConfig, tell: Tell, stop: Any) -> Outcome | Evaluation:
     """Does the job, without second tries; errors are those of `launch.ray.launch`."""
     num_workers, threads = config.num_workers, config.cpus_per_worker or 1
     settings = {"job": cloudpickle.dumps(job), "use_gpu": False, "threads": threads, "folder": this_folder()}
@@ -65,7 +73,7 @@ def run(job: Job, config: RunConfig, tell: Tell) -> Outcome | Evaluation:
     for rank in range(num_workers):
         mine, theirs = processes.Pipe(duplex=False)
         environment = os.environ | meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        worker = processes.Process(target=work, args=(packed, environment, theirs))
+        worker = processes.Process(target=work, args=(packed, environment, theirs, stop))
         worker.start()
         theirs.close()
         ranks[mine] = rank
@@ -77,8 +85,8 @@ def run(job: Job, config: RunConfig, tell: Tell) -> Outcome | Evaluation:
             worker.kill()
             worker.join()
     assert [rank for rank, outcome in outcomes.items() if outcome is not None] in ([], [0])  # Ray would bring it home
-    if wrong := [error for error in errors.values() if isinstance(error, RequestError)]:
-        raise RequestError(str(wrong[0]))  # without the note, which is no news
+    if wrong := [error for error in errors.values() if isinstance(error, RequestError | Stopped)]:
+        raise type(wrong[0])(*wrong[0].args)  # without the note, which is no news
     if errors:
         raise describe_all(errors)
     return outcomes[0]
@@ -109,7 +117,7 @@ def receive(ranks: dict[Connection, int], tell: Tell) -> tuple[dict[int, Any], d
     return outcomes, errors
 
 
-def work(packed: bytes, environment: dict[str, str], home: Connection) -> None:
+def work(packed: bytes, environment: dict[str, str], home: Connection, stop: Any) -> None:
     """What the process of each rank runs."""
     threading.Thread(target=die_with_the_tests, daemon=True).start()
     set_start_method(None, force=True)  # a loader's processes start as everywhere
@@ -117,7 +125,8 @@ def work(packed: bytes, environment: dict[str, str], home: Connection) -> None:
     os.environ.update(environment)
     launch.RayContext = GlooContext
     config = cloudpickle.loads(packed) | {
-        "send": lambda events: home.send_bytes(cloudpickle.dumps((events, None, None)))
+        "send": lambda events: home.send_bytes(cloudpickle.dumps((events, None, None))),
+        "wait_for_stop": partial(wait_for, stop),
     }
     outcome = error = None
     try:
@@ -131,6 +140,11 @@ def work(packed: bytes, environment: dict[str, str], home: Connection) -> None:
     except Exception as raised:
         error = raised
     home.send_bytes(cloudpickle.dumps(([], outcome, error)))
+
+
+def wait_for(asked: Any, stop: threading.Event) -> None:
+    """In place of that in `launch.channel`."""
+    threading.Thread(target=lambda: asked.wait() and stop.set(), daemon=True).start()
 
 
 def die_with_the_tests() -> None:

@@ -93,6 +93,7 @@ REFUSED = {
     "seed too large": (["--seed", "4294967296"], ["--seed 4294967296", "at most 4294967295"]),
     "failures -1": (["--max-failures", "-1"], ["--max-failures -1", "at least 0"]),
     "checkpoint every 0": (["--checkpoint-every-n-steps", "0"], ["--checkpoint-every-n-steps 0", "at least 1"]),
+    "checkpoint every 0 s": (["--checkpoint-every-s", "0"], ["--checkpoint-every-s 0", "at least 1"]),
     "no CPU": (["--cpus-per-worker", "0"], ["--cpus-per-worker 0", "at least 1"]),
     "half a CPU": (["--cpus-per-worker", "0.5"], ["--cpus-per-worker", "0.5", "int", HELP]),
     "batch 0": (["--batch-size", "0"], ["--batch-size 0", "at least 1"]),

@@ -10,13 +10,19 @@ from typing import Any
 import pytest
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
+from ray.train import ControllerError
+from ray.train.v2._internal.exceptions import (
+    InsufficientClusterResourcesError,
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from ray_mnist.errors import RequestError, TrainingError
-from ray_mnist.launch.failures import Failures, describe_all, is_bug
+from ray_mnist.errors import RequestError, Stopped, TrainingError
+from ray_mnist.launch.failures import Failures, describe_all, describe_start, is_bug, may_start_next_time
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.records import read_failures
 
@@ -171,6 +177,38 @@ def test_a_failure_is_written_down_and_only_a_bug_ends_the_run(tmp_path: Path) -
     assert second == "worker 1: KeyError: 'batch'; giving up"
 
 
+def test_a_run_that_was_told_to_stop_has_not_failed(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "run")
+    lost = raised(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
+    with pytest.raises(Stopped):
+        Failures(folder, max_failures=1, send=list).after_exception(None, {0: lost, 1: raised(Stopped())})
+    assert read_failures(folder) == []
+
+
 def test_storage_that_fails_when_a_failure_is_to_be_written_down_is_no_reason_to_end_the_run() -> None:
     failures = Failures(RunFolder("/proc/runs", "run"), max_failures=1, send=list)
     failures.after_exception(None, {0: raised(OSError(errno.ENOSPC, "No space left on device"))})
+
+
+MISSING = RayTaskError("run_train_fn", "Traceback", ImportError("no module named nets")).as_instanceof_cause()
+LOST = RayTaskError("setup", "Traceback", torch.distributed.DistNetworkError("timed out")).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "again"),
+    [
+        (ActorDiedError(), "the run's controller died: killed, out of memory, or its machine is gone", True),
+        (ControllerError(ActorDiedError()), "a worker that was starting died: killed", True),
+        (ControllerError(WorkerGroupStartupFailedError("…")), "a worker that was starting died: killed", True),
+        (ControllerError(LOST), "timed out", True),
+        (ControllerError(MISSING), "no module named nets", False),
+        (ControllerError(WorkerGroupStartupTimeoutError(2)), "worker group startup timed out", False),
+        (ControllerError(InsufficientClusterResourcesError("no room")), "no room", False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_what_keeps_workers_from_starting_is_tried_again_if_that_may_help(
+    error: Exception, said: str, again: bool
+) -> None:
+    assert said in str(describe_start(error))
+    assert may_start_next_time(getattr(error, "controller_failure", error)) is again

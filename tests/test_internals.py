@@ -19,7 +19,7 @@ from pytorch_lightning.trainer.connectors.logger_connector.result import _Result
 from torch.utils.data import DataLoader, TensorDataset
 
 from ray_mnist.launch.local import LocalContext
-from ray_mnist.lightning_internals import spare_each_step
+from ray_mnist.lightning_internals import leave_sigterm_alone, spare_each_step
 from ray_mnist.worker import Job, make_trainer
 
 PACKAGE = Path(__file__).parents[1] / "ray_mnist"
@@ -136,6 +136,7 @@ class Looks(pl.Callback):
             "trainer._results",
             "trainer.fit_loop.epoch_loop._results.log",
             "trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor",
+            "trainer._signal_connector.register_signal_handlers",
             *(
                 f"{metric}.{name}"
                 for name in ("_computed", "_forward_cache", "_defaults", "value", "cumulated_batch_size")
@@ -172,7 +173,7 @@ def test_lightning_still_has_what_is_used_of_it(tmp_path: Path) -> None:
     assert "sync_dist_fn" in log
 
 
-def train_a_step(callback: pl.Callback, spare: bool = True) -> pl.Trainer:
+def train_a_step(callback: pl.Callback, spare: bool = True, leave_sigterm: bool = False) -> pl.Trainer:
     trainer = pl.Trainer(
         max_steps=2,
         accelerator="cpu",
@@ -184,6 +185,8 @@ def train_a_step(callback: pl.Callback, spare: bool = True) -> pl.Trainer:
     )
     if spare:
         spare_each_step(trainer)
+    if leave_sigterm:
+        leave_sigterm_alone(trainer)
     trainer.fit(Logs(), DataLoader(TensorDataset(torch.ones(4, 1)), batch_size=2))
     return trainer
 
@@ -202,6 +205,14 @@ def test_a_metric_that_is_on_its_device_is_not_moved_there_again(spare: bool, mo
     (first, metric), (second, _) = found
     assert (first, second) == ((1, 1) if spare else (1, 2)), "Lightning moves what is logged in another way"
     assert metric.to(torch.device("meta")).value.device.type == "meta"
+
+
+def test_sigterm_keeps_its_answer_where_lightning_is_told_to_leave_it() -> None:
+    found: list[Any] = []
+    look = pl.callbacks.LambdaCallback(on_train_start=lambda *_: found.append(signal.getsignal(signal.SIGTERM)))
+    train_a_step(look, leave_sigterm=True)
+    train_a_step(look)
+    assert found[0] == signal.getsignal(signal.SIGTERM) != found[1]
 
 
 def test_nobody_is_asked_for_a_sigterm_where_lightning_does_not_listen_to_it() -> None:

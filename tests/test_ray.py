@@ -7,13 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import pytorch_lightning as pl
+import ray
+import ray._private.state
 import torch
 from conftest import wait_until
 
@@ -176,6 +180,42 @@ def test_a_worker_that_stalls_is_named_ended_and_costs_no_sample(
         assert torch.equal(value, undisturbed[key]), key
 
 
+def process_of(actor_class: str) -> int:
+    """The process of the first actor of this class that is alive or about to be; 0 if there is none."""
+    found = [actor for actor in ray._private.state.actors().values() if actor["ActorClassName"] == actor_class]
+    return next((actor["Pid"] for actor in found if actor["State"] in ("PENDING_CREATION", "ALIVE")), 0)
+
+
+@pytest.mark.slow
+def test_deaths_in_starting_and_of_the_controller_are_failures_like_any_other(cluster: None, tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "run")
+    killed: list[int] = []
+
+    def kill_when(actor_class: str, condition: Callable[[], bool] = lambda: True) -> None:
+        wait_until(condition, 120, "its time to die")
+        wait_until(lambda: process_of(actor_class) not in (0, *killed), 120, f"the process of a {actor_class}")
+        killed.append(process_of(actor_class))
+        os.kill(killed[-1], signal.SIGKILL)
+
+    def kill_three() -> None:
+        kill_when("RayTrainWorker")
+        kill_when("RayTrainWorker", lambda: len(read_failures(folder)) == 1)
+        kill_when("TrainController", lambda: len(folder.checkpoints()) > 0)
+
+    killer = threading.Thread(target=kill_three, daemon=True)
+    killer.start()
+    trainer = fit(tmp_path, "run", 2, checkpoint_every_n_steps=1, max_failures=3)
+    assert len(killed) == trainer.result.values["restarts"] == 3
+    dead = "died: killed, out of memory, or its machine is gone; starting again"
+    assert [line.partition(", once")[0] for line in read_failures(folder)] == [
+        f"a worker that was starting {dead}",
+        f"a worker that was starting {dead}",
+        f"the run's controller {dead}",
+    ]
+    assert final_weights(tmp_path, "run")
+    assert [row["epoch"] for row in read_metrics(folder)] == list(range(1, EPOCHS + 1))
+
+
 @pytest.mark.slow
 def test_failures_beyond_the_limit_end_the_run_in_one_sentence(
     cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -228,7 +268,7 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_run_whose_driver_ends_leaves_nothing_and_resumes(how: signal.Signals, tmp_path: Path, command: Any) -> None:
     driver = start(tmp_path, "--max-epochs", "1000")
     folder = RunFolder(str(tmp_path / "runs"), "run")
@@ -248,9 +288,10 @@ def test_a_run_whose_driver_ends_leaves_nothing_and_resumes(how: signal.Signals,
         alive = list(set(alive) - set(agents))
     assert started
     assert not alive
-    assert driver.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[how], output
-    if how == signal.SIGINT:
-        assert output.splitlines()[-1] == "interrupted: go on with `python -m ray_mnist.train --resume --name run`"
+    assert driver.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[how], output
+    if how != signal.SIGKILL:
+        said = "interrupted" if how == signal.SIGINT else "terminated"
+        assert output.splitlines()[-1] == f"{said}: go on with `python -m ray_mnist.train --resume --name run`"
     newest = int(folder.checkpoints()[0].removeprefix("checkpoint_"))
     epochs = newest // STEPS_PER_EPOCH + 2
     done = command("--resume", "--name", "run", "--max-epochs", str(epochs))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -114,6 +115,12 @@ def is_noise(filename: str) -> bool:
     who = packages[0][0] if packages else ""
     about_noisy = any(package in NOISY for package, file in packages if file == filename)
     return who in NOISY or (who in ("torch", "typing_extensions") and about_noisy)
+
+
+def terminated(advice: str) -> SystemExit:
+    """Says how to go on with a run that SIGTERM ended; gives what ends the process with that signal's exit status."""
+    print(f"terminated: {advice}", file=sys.stderr, flush=True)
+    return SystemExit(128 + signal.SIGTERM)
 
 
 def exit_status(command: Callable[[], None]) -> int:

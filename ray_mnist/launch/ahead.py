@@ -30,9 +30,9 @@ _workers: list[Any] = []  # of the next run
 
 
 def start_ray(config: RunConfig, cpus: int = 0) -> None:
-    """Starts a local Ray with enough logical CPUs for the run, and at least `cpus`.
+    """Starts a local Ray with enough logical CPUs for the run, or with `cpus` for trials.
 
-    Workers that have a GPU are not started yet: Ray gives them theirs as it starts them.
+    Not started yet are the workers of trials, and those that have a GPU: Ray gives them theirs as it starts them.
     """
     # More workers than cores run in turns: slower, and good enough to try a run out.
     cpus = max(os.cpu_count() or 1, config.num_workers * (config.cpus_per_worker or 1), cpus)
@@ -40,7 +40,7 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
     settings = {name: os.environ.get(name, value) for name, value in RAY_TRAIN_SETTINGS.items()}
     options: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False, "runtime_env": {"env_vars": settings}}
     ray.init(address="local", **options, **QUIET)
-    if not config.use_gpu:
+    if not cpus and not config.use_gpu:
         _workers[:] = ray_internals.start_workers(config.num_workers, import_worker)
 
 

@@ -3,6 +3,7 @@
 It imports neither torch nor Lightning, which takes seconds.
 """
 
+import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -58,6 +59,43 @@ def put(queue: Queue, events: list[Event]) -> None:
     actor: Any = queue.actor  # the queue's own methods have no time-out where it does not answer
     with suppress(Exception):
         ray.get(actor.put_nowait.remote(events), timeout=PATIENCE_S)
+
+
+class StopSign:
+    """An actor that worker processes ask, and which answers once the process that started them has set it."""
+
+    def __init__(self) -> None:
+        self.is_set = asyncio.Event()
+
+    async def set(self) -> None:
+        """Answers all who wait."""
+        self.is_set.set()
+
+    async def wait(self) -> None:
+        """Returns once it is set."""
+        await self.is_set.wait()
+
+
+@contextmanager
+def stop_sign() -> Iterator[Any]:
+    """A StopSign on this node, for the time of the `with`."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    sign: Any = ray.remote(StopSign).options(num_cpus=0, scheduling_strategy=here).remote()
+    try:
+        yield sign
+    finally:
+        ray.kill(sign)
+
+
+def wait_for(sign: Any, stop: threading.Event) -> None:
+    """Sets `stop` once `sign` is set, if it is there; from a thread of its own."""
+
+    def wait() -> None:
+        with suppress(Exception):
+            ray.get(sign.wait.remote())
+            stop.set()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager

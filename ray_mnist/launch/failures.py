@@ -8,10 +8,10 @@ from contextlib import suppress
 from typing import Any
 
 import ray.train
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
-from ray_mnist.errors import RequestError, Stalled, TrainingError, one_line
+from ray_mnist.errors import RequestError, Stalled, Stopped, TrainingError, one_line
 from ray_mnist.launch.channel import PATIENCE_S, Send
 from ray_mnist.run.events import WorkersFailed
 from ray_mnist.run.folder import RunFolder
@@ -37,6 +37,10 @@ ASSERT = "device-side assert"  # such as a label that is out of range
 # The others: their messages may have numbers and code about tensors in them.
 DEVICES = re.compile(r"(CUDA|cuDNN) error|CUBLAS_STATUS")
 PEERS = re.compile("gloo|nccl|process group", re.IGNORECASE)
+# Ray Train's for workers that died, and for workers that it found no room for in all the time that it waits.
+NOT_STARTED = "WorkerGroupStartupFailedError"
+NO_ROOM = {"WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError"}
+DIED = "died: killed, out of memory, or its machine is gone"
 
 
 class Failures(ray.train.UserCallback):
@@ -47,21 +51,19 @@ class Failures(ray.train.UserCallback):
         self.tries_left, self.send = max_failures, send
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Adds a line to the run folder's list of failures, unless the request was wrong: that leaves no folder."""
+        """Adds a line to the run folder's list of failures.
+
+        Not so where the request was wrong, which leaves no folder, or the run was told to stop, which is no failure.
+        """
         for error in worker_exceptions.values():
-            if isinstance(error, RequestError):
-                raise RequestError(str(error))  # without the note, which is no news
+            if isinstance(error, RequestError | Stopped):
+                raise type(error)(*error.args)  # without the note, which is no news
         folder = RunFolder(self.storage_path, self.name)
         failures = [describe(rank, error).message for rank, error in sorted(worker_exceptions.items())]
         bug = any(is_bug(error) for error in worker_exceptions.values())
         again = self.tries_left > 0 and not bug
         self.tries_left -= 1
-        then = (
-            f"starting again, once all workers have room (waiting up to {WAIT_FOR_NODES_S} s)" if again else "giving up"
-        )
-        failure = {"workers": failures, "then": then}
-        self.send([WorkersFailed(sorted(worker_exceptions), one_failure(failure))])
-        in_time(lambda: add_line(folder, json.dumps(failure)))
+        self.send([WorkersFailed(sorted(worker_exceptions), write_down(folder, failures, again))])
         if bug:
             raise describe_all(worker_exceptions)
 
@@ -82,6 +84,14 @@ def in_time(write: Callable[[], None]) -> None:
     thread = threading.Thread(target=try_to, daemon=True)
     thread.start()
     thread.join(PATIENCE_S)
+
+
+def write_down(folder: RunFolder, failures: list[str], again: bool) -> str:
+    """Adds a line to the run folder's list of failures; returns it in words."""
+    then = f"starting again, once all workers have room (waiting up to {WAIT_FOR_NODES_S} s)" if again else "giving up"
+    failure = {"workers": failures, "then": then}
+    in_time(lambda: add_line(folder, json.dumps(failure)))
+    return one_failure(failure)
 
 
 def raised_by_training(error: Exception) -> bool:
@@ -122,11 +132,27 @@ def describe(rank: int, error: Exception) -> TrainingError:
     if isinstance(error, Stalled):
         return TrainingError(f"worker {rank} {error}", error.details)
     if not raised_by_training(error):
-        return TrainingError(f"worker {rank} died: killed, out of memory, or its machine is gone", str(error))
+        return TrainingError(f"worker {rank} {DIED}", str(error))
     if isinstance(error, TrainingError):
         return error
     message = f"worker {rank}: {type(error).__name__}: {one_line(error)[:300]}"
     return TrainingError(message, "\n".join(error.__notes__))
+
+
+def may_start_next_time(error: Exception) -> bool:
+    """Whether what kept all workers from starting, or ended the controller, may not come back on the next try."""
+    return not isinstance(error, PYTHONS) and NO_ROOM.isdisjoint(names(error))
+
+
+def describe_start(error: Exception) -> TrainingError:
+    """The failure of a whole start: what Ray Train's `fit` raises, or what became of its controller."""
+    if isinstance(error, RayActorError):
+        return TrainingError(f"the run's controller {DIED}", str(error))
+    cause = error.controller_failure if isinstance(error, ray.train.ControllerError) else error
+    if isinstance(cause, RayActorError) or NOT_STARTED in names(cause):
+        return TrainingError(f"a worker that was starting {DIED}", str(error))
+    reason = cause.cause if isinstance(cause, RayTaskError) else cause  # without the traceback, which is its message
+    return TrainingError(f"the workers did not start: {one_line(reason)[:300]}", str(error))
 
 
 def describe_all(worker_exceptions: dict[int, Exception]) -> TrainingError:

@@ -2,14 +2,16 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ray_mnist.errors import RequestError
+from ray_mnist.launch.termination import on_sigterm
 from ray_mnist.run.events import Tell
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
 from ray_mnist.worker import Job, WorkerContext, run
@@ -19,7 +21,7 @@ class LocalContext:
     """A `WorkerContext` with one rank; it looks after the run folder's checkpoints itself."""
 
     def __init__(self, job: Job, use_gpu: bool, tell: Tell) -> None:
-        self.job, self.use_gpu, self.tell = job, use_gpu, tell
+        self.job, self.use_gpu, self.tell, self.stop = job, use_gpu, tell, threading.Event()
 
     def trainer_arguments(self) -> dict[str, Any]:
         """One device."""
@@ -32,7 +34,17 @@ class LocalContext:
 
 
 def launch(job: Job, context: WorkerContext) -> Outcome | Evaluation:
-    """Does the job here."""
+    """Does the job here.
+
+    Raises:
+        Stopped: SIGTERM came.
+    """
+    with on_sigterm(context.stop.set) if job.task == "fit" else nullcontext():
+        return run_here(job, context)
+
+
+def run_here(job: Job, context: WorkerContext) -> Outcome | Evaluation:
+    """Does the job, and leaves this process as it was."""
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         with seed_left_alone():

@@ -5,7 +5,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,19 @@ from ray_mnist.checks.preflight import Bundle, Cluster
 from ray_mnist.cli.lightning_arguments import FIND_UNUSED
 from ray_mnist.config import RunConfig
 from ray_mnist.distributed.strategy import FollowsFreezing, extend
-from ray_mnist.errors import RequestError, TrainingError, one_line
+from ray_mnist.errors import RequestError, Stopped, TrainingError
 from ray_mnist.launch.ahead import RAY_TRAIN_SETTINGS
-from ray_mnist.launch.channel import over_ray
+from ray_mnist.launch.channel import over_ray, stop_sign, wait_for
 from ray_mnist.launch.connection import environment, go_to, this_folder
-from ray_mnist.launch.failures import Failures, describe_all
+from ray_mnist.launch.failures import Failures, describe_all, describe_start, may_start_next_time, write_down
 from ray_mnist.launch.output import root_logger, worker_output
 from ray_mnist.launch.stalls import StallWatch
+from ray_mnist.launch.termination import on_sigterm
 from ray_mnist.ray_train_internals import SNAPSHOT, AbortableTorchTrainer, WatchedGroup, output_files
-from ray_mnist.run.events import Tell
+from ray_mnist.run.events import Tell, WorkersFailed
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
+from ray_mnist.run.records import read_failures
 from ray_mnist.worker import Job, run_and_collect
 
 STOP_S = 30  # for what Ctrl-C ends in a cluster that goes on
@@ -64,7 +68,7 @@ class RayContext:
 
     def __init__(self, job: Job, use_gpu: bool, tell: Tell) -> None:
         self.job, self.use_gpu, self.tell = job, use_gpu, tell
-        self.context = ray.train.get_context()
+        self.context, self.stop = ray.train.get_context(), threading.Event()
 
     def trainer_arguments(self) -> dict[str, Any]:
         """The strategy, over the process group that Ray has made."""
@@ -128,7 +132,10 @@ def train_function(config: dict[str, Any]) -> Outcome | Evaluation | None:
     with worker_output(config["send"], rank, output_files(), config["root_logger"]) as tell:
         try:
             job: Job = cloudpickle.loads(config["job"])  # here, since modules may print as they are imported
-            outcome = run_and_collect(job, RayContext(job, config["use_gpu"], tell))
+            context = RayContext(job, config["use_gpu"], tell)
+            if rank == 0:
+                config["wait_for_stop"](context.stop)
+            outcome = run_and_collect(job, context)
             return outcome if rank == 0 else None
         except Exception as error:
             if "find_unused_parameters" in str(error):
@@ -151,51 +158,74 @@ def launch(
 ) -> Outcome | Evaluation:
     """Does the job on `config.num_workers` Ray workers, and tells of it; needs a `connection.connect`.
 
+    Ray Train starts workers again that die in training. Where some die before that, or its controller does, all of it
+    is started again here.
+
     Raises:
         RequestError: a worker found that the request cannot be met.
         TrainingError: training failed, more often than `config.max_failures` allows.
+        Stopped: SIGTERM came.
     """
+    with environment(RAY_TRAIN_SETTINGS), over_ray(tell) as send, stop_sign() as sign, ExitStack() as held:
+        if job.task == "fit":
+            held.enter_context(on_sigterm(sign.set.remote))
+        settings = {
+            "job": cloudpickle.dumps(job),
+            "use_gpu": config.use_gpu,
+            "threads": config.cpus_per_worker or 1,
+            "folder": this_folder(),
+            "send": send,
+            "wait_for_stop": partial(wait_for, sign),
+            "root_logger": root_logger(),
+        }
+        tries_left = config.max_failures
+        while True:
+            written = len(read_failures(job.folder))
+            trainer = make_trainer(job, config, settings, tries_left, trainer_class)
+            forget_snapshot(job.folder)
+            try:
+                outcome: Outcome | Evaluation = in_thread(trainer.fit, trainer.abort).return_value
+                return outcome
+            except ray.train.WorkerGroupError as error:
+                raise describe_all(error.worker_failures) from None
+            except (ray.train.TrainingFailedError, RayError) as error:
+                trainer.abort()  # the controller may have died
+                failure = error.controller_failure if isinstance(error, ray.train.ControllerError) else error
+                if isinstance(failure, RequestError | TrainingError | Stopped):
+                    raise failure from None
+                tries_left -= max(0, len(read_failures(job.folder)) - written)
+                again = tries_left > 0 and may_start_next_time(failure)
+                described = describe_start(error)
+                send([WorkersFailed([], write_down(job.folder, [described.message], again))])
+                if not again:
+                    raise described from None
+                tries_left -= 1
+
+
+def make_trainer(
+    job: Job, config: RunConfig, settings: dict[str, Any], max_failures: int, kind: type[AbortableTorchTrainer]
+) -> AbortableTorchTrainer:
+    """A TorchTrainer for one `fit`, whose workers are given `settings`."""
     stalls = [WatchedGroup(StallWatch(job.folder, config.stall_timeout))] if config.stall_timeout else []
-    with environment(RAY_TRAIN_SETTINGS), over_ray(tell) as send:
-        trainer = trainer_class(
-            train_function,
-            train_loop_config={
-                "job": cloudpickle.dumps(job),
-                "use_gpu": config.use_gpu,
-                "threads": config.cpus_per_worker or 1,
-                "folder": this_folder(),
-                "send": send,
-                "root_logger": root_logger(),
-            },
-            torch_config=TorchConfig(backend=process_group_backend(config.use_gpu)),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=bundle(config)
+    return kind(
+        train_function,
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend=process_group_backend(config.use_gpu)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=bundle(config)
+        ),
+        run_config=ray.train.RunConfig(
+            name=job.name,
+            storage_path=job.folder.storage_path,
+            failure_config=ray.train.FailureConfig(
+                max_failures=max_failures,
+                max_preemption_failures=max_failures,
+                controller_failure_limit=0,  # Ray would tell nobody of them
             ),
-            run_config=ray.train.RunConfig(
-                name=job.name,
-                storage_path=job.folder.storage_path,
-                failure_config=ray.train.FailureConfig(
-                    max_failures=config.max_failures,
-                    max_preemption_failures=config.max_failures,
-                    controller_failure_limit=1,
-                ),
-                callbacks=[Failures(job.folder, config.max_failures, send), *stalls],
-                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-            ),
-        )
-        forget_snapshot(job.folder)
-        try:
-            outcome: Outcome | Evaluation = in_thread(trainer.fit, trainer.abort).return_value
-        except ray.train.ControllerError as error:
-            failure = error.controller_failure
-            known = isinstance(failure, RequestError | TrainingError)
-            raise failure if known else TrainingError(one_line(failure)) from None
-        except ray.train.WorkerGroupError as error:
-            raise describe_all(error.worker_failures) from None
-        except (ray.train.TrainingFailedError, RayError) as error:
-            trainer.abort()  # the controller may have died
-            raise TrainingError(one_line(error)[:300], str(error)) from None
-        return outcome
+            callbacks=[Failures(job.folder, max_failures, settings["send"]), *stalls],
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
 
 
 def forget_snapshot(folder: RunFolder) -> None:

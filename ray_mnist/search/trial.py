@@ -12,7 +12,7 @@ import torch
 from ray import tune
 
 from ray_mnist.config import RunConfig
-from ray_mnist.errors import TrainingError, one_line
+from ray_mnist.errors import Stopped, TrainingError, one_line
 from ray_mnist.launch.connection import go_to
 from ray_mnist.launch.local import LocalContext
 from ray_mnist.run.events import EpochEnded, Event
@@ -59,15 +59,12 @@ class Plan:
             name=name,
             seed=self.config.seed,
             checkpoint_every_n_steps=self.config.checkpoint_every_n_steps,
+            checkpoint_every_s=self.config.checkpoint_every_s,
             allow_nan=self.config.allow_nan,
             monitor=(self.metric, self.mode),
             with_test=False,
             lightning=self.lightning,
         )
-
-
-class Stopped(Exception):
-    """The trial is to end here."""
 
 
 class Interrupted(tune.Callback):
