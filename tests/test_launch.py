@@ -1,6 +1,7 @@
 """What a launch on Ray asks of the cluster, and gives its workers: seen without one."""
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +49,7 @@ def test_a_worker_reserves_its_cpus(
             """Never called: nobody interrupts."""
 
     monkeypatch.setattr(on_ray, "over_ray", nullcontext)
+    monkeypatch.setattr(on_ray, "stop_sign", partial(nullcontext, SimpleNamespace(set=SimpleNamespace(remote=None))))
     config = on_ray.with_cpus(RunConfig(num_workers=2, **options), Cluster("h:1", NODES))
     on_ray.launch(job, config, print, FakeTrainer)  # type: ignore[arg-type]
     assert given["scaling_config"].resources_per_worker == expected

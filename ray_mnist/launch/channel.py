@@ -84,7 +84,8 @@ def stop_sign() -> Iterator[Any]:
     try:
         yield sign
     finally:
-        ray.kill(sign)
+        with suppress(Exception):  # such as the cluster's death
+            ray.kill(sign)
 
 
 def wait_for(sign: Any, stop: threading.Event) -> None:
