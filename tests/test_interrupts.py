@@ -16,9 +16,11 @@ import ray._private.state
 from conftest import wait_until
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer, tune
+from ray_mnist.ray_train_internals import StartedController
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.lock import CLAIM
 
+STARTING = StartedController.__name__
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.timeout(240)]
 
 
@@ -59,7 +61,7 @@ def ctrl_c_once(condition: Callable[[], bool]) -> Iterator[None]:
 def test_a_run_ends_in_a_cluster_that_goes_on(when: str, tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path), "run")
     trainer = Trainer(num_workers=2, max_epochs=1000, storage_path=str(tmp_path), name="run")
-    moments = {"starting": lambda: "TrainController" in actors(), "training": lambda: bool(folder.checkpoints())}
+    moments = {"starting": lambda: STARTING in actors(), "training": lambda: bool(folder.checkpoints())}
     with ctrl_c_once(moments[when]):
         trainer.fit(SimpleModel(), MNISTDataModule("digits"))
     assert ray.is_initialized()

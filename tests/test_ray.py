@@ -23,6 +23,7 @@ from conftest import wait_until
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.errors import RequestError, TrainingError
+from ray_mnist.ray_train_internals import StartedController
 from ray_mnist.run.folder import CHECKPOINT, RunFolder
 from ray_mnist.run.records import read_failures, read_metrics
 
@@ -200,7 +201,7 @@ def test_deaths_in_starting_and_of_the_controller_are_failures_like_any_other(cl
     def kill_three() -> None:
         kill_when("RayTrainWorker")
         kill_when("RayTrainWorker", lambda: len(read_failures(folder)) == 1)
-        kill_when("TrainController", lambda: len(folder.checkpoints()) > 0)
+        kill_when(StartedController.__name__, lambda: len(folder.checkpoints()) > 0)
 
     killer = threading.Thread(target=kill_three, daemon=True)
     killer.start()
