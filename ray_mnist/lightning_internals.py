@@ -114,7 +114,9 @@ def count_no_mean_of_nothing(results: Any) -> None:
     log = results.log
 
     def counted(fx: str, name: str, value: Any, batch_size: Any = None, **named: Any) -> None:
-        if batch_size is not None and isinstance(value, Tensor) and named["reduce_fx"] in ("mean", torch.mean):
+        # A tensor may be on a device, for which nothing waits here.
+        may_be_zero = isinstance(batch_size, Tensor) or batch_size == 0
+        if may_be_zero and isinstance(value, Tensor) and named["reduce_fx"] in ("mean", torch.mean):
             value = value.masked_fill(torch.as_tensor(batch_size, device=value.device) == 0, 0)
         log(fx, name, value, batch_size=batch_size, **named)
 

@@ -11,13 +11,14 @@ import boto3
 import pyarrow.fs
 import pytest
 import pytorch_lightning as pl
+import torch
 import torch.distributed as dist
 from moto.server import ThreadedMotoServer
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 from ranks import on_ranks
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
-from ray_mnist.distributed.strategy import LoadsOncePerNode, ShardsLoaders, extend, on_each_node
+from ray_mnist.distributed.strategy import LoadsOncePerNode, ShardsLoaders, StaysOnDevice, extend, on_each_node
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -50,6 +51,22 @@ def test_any_strategy_can_be_extended(made_by: type[Any]) -> None:
     assert type(strategy).process_dataloader is ShardsLoaders.process_dataloader
     assert type(strategy).load_checkpoint is LoadsOncePerNode.load_checkpoint
     assert (type(strategy).__name__, strategy.seed) == (made_by.__name__, 5)
+
+
+def test_a_strategy_asks_for_its_device_once() -> None:
+    """Ray's asks Ray, which takes part of a step, and Lightning asks dozens of times in each."""
+    asked: list[str] = []
+
+    class Asks(DDPStrategy):
+        @property
+        def root_device(self) -> torch.device:
+            asked.append("device")
+            return torch.device("cpu")
+
+    strategy = Asks()
+    extend(strategy, StaysOnDevice)
+    assert [strategy.root_device, strategy.root_device] == [torch.device("cpu")] * 2
+    assert len(asked) == 1
 
 
 def copies() -> list[Path]:

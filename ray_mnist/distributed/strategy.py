@@ -5,10 +5,12 @@ import pickle
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import pyarrow.fs
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from ray_mnist.distributed.loaders import shard_loader
@@ -53,6 +55,15 @@ def shard_loaders(trainer: pl.Trainer, seed: int, presharded: bool) -> None:
     """Has each of the trainer's loaders sharded among its workers, or left `presharded` but for where it begins."""
     limit, trainer.limit_predict_batches = trainer.limit_predict_batches, 1.0
     extend(trainer.strategy, ShardsLoaders, seed=seed, presharded=presharded, limit=limit, loaders_seen=Counter())
+
+
+class StaysOnDevice(DDPStrategy):
+    """Asks for its device once: Ray's strategies ask Ray, at each of the many times that Lightning wants to know."""
+
+    @cached_property
+    def root_device(self) -> torch.device:
+        """Where this rank trains."""
+        return super().root_device
 
 
 class FollowsFreezing(DDPStrategy):

@@ -23,7 +23,7 @@ from ray.train.torch import TorchConfig
 from ray_mnist.checks.preflight import Bundle, Cluster
 from ray_mnist.cli.lightning_arguments import FIND_UNUSED
 from ray_mnist.config import RunConfig
-from ray_mnist.distributed.strategy import FollowsFreezing, extend
+from ray_mnist.distributed.strategy import FollowsFreezing, StaysOnDevice, extend
 from ray_mnist.errors import RequestError, Stopped, TrainingError
 from ray_mnist.launch.ahead import RAY_TRAIN_SETTINGS
 from ray_mnist.launch.channel import over_ray, stop_sign, wait_for
@@ -117,6 +117,7 @@ def make_strategy(wanted: Any) -> Any:
         unused = wanted == FIND_UNUSED
         wanted = lightning_integration().RayDDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=unused)
     if isinstance(wanted, DDPStrategy):
+        extend(wanted, StaysOnDevice)
         extend(wanted, FollowsFreezing)
     return wanted
 
