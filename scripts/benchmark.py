@@ -12,5 +12,9 @@ if __name__ == "__main__":
             from benchmark_train import train
 
             train(arguments)
+        case ["scale", *arguments]:
+            from benchmark_scale import scale
+
+            scale(arguments)
         case _:
-            sys.exit("usage: scripts/benchmark tune | train [--quick]")
+            sys.exit("usage: scripts/benchmark tune | train [--quick] | scale [--quick]")

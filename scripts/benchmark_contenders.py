@@ -57,13 +57,13 @@ def in_memory(options: dict[str, Any], batch_size: int) -> MNISTDataModule:
     return MNISTDataModule(options["dataset"], options["data_dir"], batch_size)
 
 
-def ours(options: dict[str, Any], num_workers: int = WORKERS) -> None:
+def ours(options: dict[str, Any], num_workers: int | None = None) -> None:
     """This package."""
     from ray_mnist import Trainer
 
     trainer = Trainer(
         max_epochs=options["epochs"],
-        num_workers=num_workers,
+        num_workers=options["workers"] if num_workers is None else num_workers,
         storage_path=options["folder"],
         callbacks=[Clock(options)],
     )

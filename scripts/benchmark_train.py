@@ -41,13 +41,14 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def measure(name: str, batch_size: int, options: argparse.Namespace) -> Run:
+def measure(name: str, batch_size: int, options: argparse.Namespace, workers: int = 2) -> Run:
     """One run of a contender, from its command to its exit."""
     with tempfile.TemporaryDirectory(prefix="ray_mnist-") as folder:
         job = {
             "dataset": options.dataset,
             "data_dir": str(Path(options.data_dir).absolute()),
             "epochs": options.epochs,
+            "workers": workers,
             "batch_size": batch_size,
             "folder": folder,
             "file": f"{folder}/clock.json",
