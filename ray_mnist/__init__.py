@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ray_mnist import lightning_package  # noqa: F401  (from here on `lightning` and `pytorch_lightning` are one)
+
 if TYPE_CHECKING:
     from ray_mnist.data import MNISTDataModule
     from ray_mnist.errors import RequestError, TrainingError

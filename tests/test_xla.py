@@ -23,6 +23,7 @@ import torch
 import torch_xla.core.xla_model as xm
 from conftest import wait_until
 from lightning_fabric.plugins.precision.xla import _PRECISION_INPUT
+from test_lightning_package import FROM_THE_SHELL, NETS
 from torch import nn
 from torch.utils.data import DataLoader
 from torch_xla.debug import metrics
@@ -226,6 +227,14 @@ def test_bf16_is_kept_in_16_bits(train: Callable[..., Run], tmp_path: Path) -> N
     checkpoint = tmp_path / "runs/bf16" / result["best_checkpoint"] / CHECKPOINT
     weights = torch.load(checkpoint, weights_only=False)["state_dict"]
     assert all(torch.equal(value, value.bfloat16().float()) for name, value in weights.items() if "net" in name)
+
+
+def test_a_program_of_the_other_lightning(train: Callable[..., Run], tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    on_tpu = train(2, *FROM_THE_SHELL, "--tpu-cores", "2")
+    assert (on_tpu.returncode, on_tpu.stderr) == (0, "")
+    assert "Net (760 parameters) · 2 TPU cores" in on_tpu.stdout
+    assert result_of(tmp_path, "run")["device"] == "xla"
 
 
 def test_the_precisions_are_lightnings() -> None:

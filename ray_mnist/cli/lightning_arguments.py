@@ -1,5 +1,6 @@
 """The arguments of Lightning's Trainer and its methods; those that say where to run are Ray's to answer here."""
 
+from importlib.metadata import version
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,6 +11,7 @@ from pytorch_lightning.callbacks import ProgressBar
 from ray_mnist.cli import console
 from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError, one_line
+from ray_mnist.lightning_package import is_foreign, package_in_use
 
 FIND_UNUSED = "ddp_find_unused_parameters_true"
 STRATEGIES = ("auto", "ddp", FIND_UNUSED, "ddp_find_unused_parameters_false", "fsdp")
@@ -26,6 +28,8 @@ def for_lightning(arguments: dict[str, Any], config: RunConfig) -> dict[str, Any
     Raises:
         RequestError: an argument means nothing on Ray, or Lightning does not take it.
     """
+    refuse_other_version()
+    refuse_foreign(**arguments)
     refuse_places(arguments, config)
     taken = {name: value for name, value in arguments.items() if name not in ("devices", "num_nodes", "accelerator")}
     if taken.get("strategy") == "auto":
@@ -43,6 +47,26 @@ def for_lightning(arguments: dict[str, Any], config: RunConfig) -> dict[str, Any
         taken["enable_progress_bar"] = True
     refuse_what_lightning_refuses(taken)
     return taken
+
+
+def refuse_other_version() -> None:
+    """Raises RequestError where the program has imported a `lightning` that this package was not made for."""
+    if package_in_use() == "lightning.pytorch" and version("lightning") != (ours := version("pytorch-lightning")):
+        raise RequestError(
+            f"lightning {version('lightning')} is not the same code as pytorch-lightning {ours}, which is here too: "
+            f"pip install lightning=={ours}."
+        )
+
+
+def refuse_foreign(**given: Any) -> None:
+    """Raises RequestError for an object of the other of the two packages that Lightning comes as."""
+    for name, value in given.items():
+        for item in as_list(value):
+            if is_foreign(item):
+                raise RequestError(
+                    f"{name}: {type(item).__name__} is of the package lightning, which was imported beside "
+                    "pytorch_lightning before ray_mnist could make one of the two: put `import ray_mnist` before both."
+                )
 
 
 def ends_otherwise(arguments: dict[str, Any]) -> bool:
@@ -119,13 +143,14 @@ def data_of(datamodule: pl.LightningDataModule | None, **loaders: Any) -> dict[s
 
 
 def check_kind(model: Any, data: dict[str, Any]) -> None:
-    """Raises RequestError unless model and data module are pytorch_lightning's."""
+    """Raises RequestError unless model and data module are Lightning's."""
+    refuse_foreign(model=model, datamodule=data.get("datamodule"))
     for name, value, kind in (
         ("model", model, pl.LightningModule),
         ("datamodule", data.get("datamodule"), pl.LightningDataModule | None),
     ):
         if not isinstance(value, kind):
             raise RequestError(
-                f"{name} is of {type(value).__module__}.{type(value).__name__}, which is none of pytorch_lightning's: "
-                "derive it from those (`import pytorch_lightning as L`; the package `lightning` has its own)."
+                f"{name} is of {type(value).__module__}.{type(value).__name__}, which is none of Lightning's: derive "
+                "it from a class of the package lightning or pytorch_lightning."
             )

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from importlib.metadata import version
@@ -117,12 +117,12 @@ def describe_class(part: str) -> str:
     return f"{BASES[part]}: ours or pkg.module.Class (default: {DEFAULT_CLASSES[part]})"
 
 
-def expand(arguments: Sequence[str]) -> list[str]:
+def expand(arguments: Sequence[str], short: Mapping[str, str] = SHORT) -> list[str]:
     """Writes the short options out."""
     expanded = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        expanded.append(SHORT.get(name, name) + equals + value)
+        expanded.append(short.get(name, name) + equals + value)
     return expanded
 
 

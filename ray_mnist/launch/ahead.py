@@ -4,6 +4,7 @@ It imports neither torch nor Lightning, which takes seconds, so that a command c
 """
 
 import os
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -12,6 +13,7 @@ import ray
 from ray_mnist import ray_internals
 from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
 from ray_mnist.config import RunConfig
+from ray_mnist.lightning_package import package_in_use
 
 # Ray Train reads these when a run starts. A value that is set already is somebody's wish and stays.
 RAY_TRAIN_SETTINGS = {
@@ -41,9 +43,10 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
     options: dict[str, Any] = {"num_cpus": enough, "include_dashboard": False, "runtime_env": {"env_vars": settings}}
     ray.init(address="local", **options, **QUIET)
     if not cpus and not config.use_gpu:
-        _workers[:] = ray_internals.start_workers(config.num_workers, import_worker)
+        _workers[:] = ray_internals.start_workers(config.num_workers, partial(import_worker, package_in_use()))
 
 
-def import_worker() -> None:
-    """Imports what a worker runs, torch and Lightning with it."""
+def import_worker(package: str) -> None:
+    """Imports what a worker runs, torch and Lightning with it, of which `package` is the one in use."""
+    import_module(package)
     import_module("ray_mnist.worker")

@@ -32,6 +32,7 @@ from ray_mnist.launch.failures import Failures, describe_all, describe_start, ma
 from ray_mnist.launch.output import root_logger, worker_output
 from ray_mnist.launch.stalls import StallWatch
 from ray_mnist.launch.termination import on_sigterm
+from ray_mnist.lightning_package import call_with, package_in_use
 from ray_mnist.ray_train_internals import SNAPSHOT, AbortableTorchTrainer, WatchedGroup, output_files
 from ray_mnist.run.events import Tell, WorkersFailed
 from ray_mnist.run.folder import RunFolder
@@ -92,19 +93,13 @@ class RayContext:
 
 
 def lightning_integration() -> Any:
-    """The module `ray.train.lightning`, with strategies and cluster environment as classes of `pytorch_lightning`.
-
-    It prefers the package `lightning` where both are installed, and its classes would then be foreign to
-    `pytorch_lightning`'s Trainer: it is kept from seeing that package.
-    """
-    seen = sys.modules.get("lightning")
-    sys.modules["lightning"] = None  # type: ignore[assignment]
+    """The module `ray.train.lightning`, kept from importing the package `lightning` where nobody else has."""
+    hidden = sys.modules.setdefault("lightning", None) is None  # type: ignore[arg-type]
     try:
         import ray.train.lightning
     finally:
-        del sys.modules["lightning"]
-        if seen is not None:
-            sys.modules["lightning"] = seen
+        if hidden:
+            del sys.modules["lightning"]
     return ray.train.lightning
 
 
@@ -209,7 +204,7 @@ def make_trainer(
     """A TorchTrainer for one `fit`, whose workers are given `settings`."""
     stalls = [WatchedGroup(StallWatch(job.folder, config.stall_timeout))] if config.stall_timeout else []
     return kind(
-        train_function,
+        partial(call_with, package_in_use(), f"{__name__}:{train_function.__name__}"),
         train_loop_config=settings,
         torch_config=TorchConfig(backend=process_group_backend(config.use_gpu)),
         scaling_config=ray.train.ScalingConfig(

@@ -13,6 +13,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from ray_mnist.config import RunConfig
+from ray_mnist.lightning_package import package_in_use
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Outcome, Row
 from ray_mnist.run.records import metrics_csv, read_failures, throughput, to_json
@@ -126,9 +127,9 @@ def how_to_resume(name: str, config: RunConfig, from_shell: bool) -> str:
 
 def versions() -> dict[str, str]:
     """What the run was made with."""
-    packages = {"ray_mnist": "ray-mnist", "pytorch_lightning": "pytorch-lightning", "ray": "ray"}
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    found |= {name: version(package) for name, package in packages.items()}
+    lightning = package_in_use().partition(".")[0]
+    found |= {name: version(name.replace("_", "-")) for name in ("ray_mnist", lightning, "ray")}
     with suppress(PackageNotFoundError):  # only where TPUs are trained on
         found["torch_xla"] = version("torch-xla")
     return found

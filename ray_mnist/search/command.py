@@ -8,12 +8,13 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ray_mnist.cli import console
-from ray_mnist.cli.parser import Parser, instantiate, make_parser, parse, plain
+from ray_mnist.cli.parser import Parser, expand, instantiate, make_parser, parse, plain
 from ray_mnist.config import OPTIONS, SweepConfig, flag
 from ray_mnist.errors import RequestError
 from ray_mnist.search import space
 from ray_mnist.search.sweep import Sweep
 
+SHORT = {"--dataset": "--data.dataset", "--space": "--space+"}  # each --space adds one
 LR, BATCH_SIZE = "1e-4,1e-1", "32,64,128"
 
 
@@ -59,8 +60,7 @@ def domains_of(config: Any) -> dict[str, Any]:
 def search() -> None:
     """Parses the command line, sweeps, and names the winner and the sweep folder."""
     parser = sweep_parser()
-    arguments = [f"--data.dataset{a[9:]}" if a.split("=")[0] == "--dataset" else a for a in sys.argv[1:]]
-    config = parse(parser, arguments, short=False)
+    config = parse(parser, expand(sys.argv[1:], SHORT), short=False)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     sweep_config = SweepConfig(**{option.name: config[option.name] for option in fields(SweepConfig)})
     domains = domains_of(config)
