@@ -1,11 +1,16 @@
 """A run with a range of workers goes on with as many as there are, and loses nothing when their number changes."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ import pytest
 import pytorch_lightning as pl
 import ray
 from conftest import wait_until
+from metadata_server import metadata_server
 from ray.cluster_utils import Cluster as LocalCluster
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
@@ -156,3 +162,35 @@ def test_a_run_grows_and_shrinks_with_its_cluster_and_has_the_same_loss_curve(
         assert mine["step"] == theirs["step"]
         for name in ("train_loss", "val_loss"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_a_run_leaves_a_machine_that_will_be_taken_away_without_losing_a_step(
+    nodes: LocalCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    """The notice comes from a metadata server, through the agent that the cluster files start."""
+    nodes.add_node(num_cpus=1)
+    folder, gate = RunFolder(str(tmp_path), "run"), Gate(tmp_path)
+    running = Running(tmp_path, 2, callbacks=[gate], max_failures=0)
+    gate.open(5)
+    wait_until(lambda: gate.last(2) == 5, 120, "two workers")
+    node = gate.steps[-1][2]
+    with metadata_server() as metadata:
+        when = (datetime.now(UTC) + timedelta(seconds=120)).isoformat()
+        metadata.pages["/latest/meta-data/spot/instance-action"] = json.dumps({"action": "terminate", "time": when})
+        environment = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{metadata.host}", "RAY_ADDRESS": nodes.address}
+        agent = [sys.executable, "-m", "ray_mnist.notices", "aws", "--node-id", node]
+        subprocess.run(agent, env=os.environ | environment, timeout=60, check=True)
+    let_steps_pass(gate, 2, until=lambda: gate.steps[-1][2] != node)
+    gate.open(EPOCHS * STEPS_PER_EPOCH)
+    trainer = running.done()
+    host = socket.gethostname()
+    assert f"workers: 2 start: {host} will be taken away\n" in capsys.readouterr().out
+    assert [step for step, _, _ in gate.steps] == [*range(EPOCHS * STEPS_PER_EPOCH)]
+    assert changes_of(folder) == [(2, 2, f"{host} will be taken away")]
+    assert read_failures(folder) == []
+    assert trainer.result.values["restarts"] == 0
+    request.getfixturevalue("gloo")
+    whole = fit(tmp_path, "whole", 2)
+    for name in ("step", "train_loss", "val_loss"):
+        assert [row[name] for row in trainer.result.history] == [row[name] for row in whole.result.history]
