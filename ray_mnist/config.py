@@ -2,13 +2,14 @@
 
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ray_mnist.errors import RequestError
 
 MAX_SEED = 2**32 - 1  # NumPy's
-ONE_NUMBER = "is not possible: a run keeps as many workers as it starts with, give one number"
+WORKERS = "give a whole number of at least 0, or the fewest and the most, such as 2:4"
 
 
 def _option(default: Any, text: str) -> Any:
@@ -23,7 +24,9 @@ class RunConfig:
         RequestError: an option, or two of them together, cannot mean anything.
     """
 
-    num_workers: int = _option(0, "training workers on Ray; 0 trains in this process, without Ray")
+    num_workers: int | tuple[int, int] | str = _option(
+        0, "training workers on Ray, or the fewest and the most, such as 2:4; 0 trains in this process, without Ray"
+    )
     use_gpu: bool = _option(False, "give each worker one GPU")
     cpus_per_worker: int | None = _option(
         None, "CPUs and threads of each worker (default: 1, or with --use-gpu the GPU's share of its node's CPUs)"
@@ -52,9 +55,7 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_workers, list | tuple):
-            raise RequestError(f"--num-workers {self.num_workers} {ONE_NUMBER}.")
-        self._at_least("num_workers", 0)
+        self.num_workers = workers_of(self.num_workers)
         self._at_least("tpu_cores", 0)
         self._at_least("max_epochs", 1)
         self._at_least("seed", 0)
@@ -74,6 +75,16 @@ class RunConfig:
             raise RequestError("--resume needs --name, the run to go on with.")
         if self.name is not None and (not self.name or set("/\\") & set(self.name) or self.name.startswith(".")):
             raise RequestError(f"--name {self.name!r} cannot be a folder's name: leave out '/' and a leading dot.")
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that the run goes on with."""
+        return self.num_workers[0] if isinstance(self.num_workers, tuple) else int(self.num_workers)
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that the run has use for."""
+        return self.num_workers[1] if isinstance(self.num_workers, tuple) else int(self.num_workers)
 
     def _at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -110,6 +121,22 @@ class SweepConfig:
                 raise RequestError(f"--{name} {value} is not possible: give a whole number of at least 1.")
         if self.time_budget is not None and self.time_budget <= 0:
             raise RequestError(f"--time-budget {self.time_budget} is not possible: give a positive number of seconds.")
+
+
+def workers_of(given: Any) -> int | tuple[int, int]:
+    """How many workers, or the fewest and the most where these differ: of 4, (2, 4), [2, 4] or "2:4".
+
+    Raises:
+        RequestError: it is none of these.
+    """
+    text = ":".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
+    if not re.fullmatch("[0-9]+(:[0-9]+)?", text):
+        raise RequestError(f"--num-workers {text} is not possible: {WORKERS}.")
+    least, *more = map(int, text.split(":"))
+    most = more[0] if more else least
+    if more and not 1 <= least <= most:
+        raise RequestError(f"--num-workers {text} is not possible: give at least one, and the fewest first.")
+    return least if least == most else (least, most)
 
 
 def flag(name: str) -> str:

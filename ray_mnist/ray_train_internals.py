@@ -26,7 +26,9 @@ from ray.util import get_current_placement_group
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from ray_mnist.launch.exchange import Exchange
 from ray_mnist.ray_internals import end_workers, worker_name
+from ray_mnist.ray_scaling_internals import policies
 
 SNAPSHOT = CHECKPOINT_MANAGER_SNAPSHOT_FILENAME  # what Ray Train remembers of a run, in its folder
 
@@ -90,9 +92,15 @@ class StartedWorkerGroup(WorkerGroup):
 
 
 class StartedController(TrainController):
-    """Ray Train's controller, of workers that may have been started already."""
+    """Ray Train's controller, of workers that may have been started already, and may be exchanged."""
 
     worker_group_cls = StartedWorkerGroup
+
+    def _start_worker_group(self, *arguments: Any, **options: Any) -> None:
+        super()._start_worker_group(*arguments, **options)
+        policy: Any = self._scaling_policy
+        group: Any = self._worker_group
+        policy.follow(group.get_workers())
 
 
 class AbortableTorchTrainer(TorchTrainer):
@@ -101,6 +109,7 @@ class AbortableTorchTrainer(TorchTrainer):
     controller_class: type[TrainController] = StartedController
     controller: Any = None
     aborted = False
+    exchange: Exchange  # of its workers
 
     def abort(self) -> None:
         """Ends the controller and its workers at once, also where the cluster goes on.
@@ -134,7 +143,12 @@ class AbortableTorchTrainer(TorchTrainer):
         # The watch first: what it finds is for the run's UserCallback, too.
         return sorted(kept, key=lambda callback: not isinstance(callback, WatchedGroup))
 
+    def policies(self) -> dict[str, Any]:
+        """What decides how many workers there are, and what is tried again, in place of Ray's own."""
+        return policies(self.scaling_config, self.run_config.failure_config, self.exchange)
+
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        arguments |= self.policies()
         settings = {"env_vars": get_env_vars_to_propagate()}
         actor: Any = ray.remote(num_cpus=0, scheduling_strategy=self.controller_placement(), runtime_env=settings)
         self.controller = actor(self.controller_class).remote(**arguments)
@@ -204,7 +218,6 @@ class TrialTorchTrainer(AbortableTorchTrainer):
         """In the trial's own bundle."""
         return PlacementGroupSchedulingStrategy(trial_placement_group(), placement_group_bundle_index=0)
 
-    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        return super()._initialize_and_run_controller(
-            **arguments | {"scaling_policy": PlacedAlready(self.scaling_config)}
-        )
+    def policies(self) -> dict[str, Any]:
+        """As many workers as the trial has room for, from its start to its end."""
+        return {"scaling_policy": PlacedAlready(self.scaling_config)}

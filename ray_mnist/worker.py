@@ -167,6 +167,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
         newest_checkpoint=recorder.newest,
         started=started,
         fit_seconds=time.monotonic() - clock,
+        num_workers=trainer.world_size,
     )
     if outcome.best_checkpoint and can_test(job):
         clock = time.monotonic()

@@ -81,9 +81,11 @@ HELP = "--help"
 REFUSED = {
     "unknown option": (["--nope"], ["--nope", HELP]),
     "workers -1": (["--num-workers", "-1"], ["--num-workers -1", "at least 0"]),
-    "workers x": (["--num-workers", "x"], ["--num-workers", "x", "int", HELP]),
-    "workers from 2 to 4": (["--num-workers", "2:4"], ["--num-workers 2:4", "give one number", HELP]),
-    "workers of a file": (["--config", "range.yaml"], ["range.yaml", "--num-workers 2:4", "give one number", HELP]),
+    "workers x": (["--num-workers", "x"], ["--num-workers x", "a whole number", "such as 2:4"]),
+    "workers 2:": (["--num-workers", "2:"], ["--num-workers 2: ", "a whole number", "such as 2:4"]),
+    "workers from 4 to 2": (["--num-workers", "4:2"], ["--num-workers 4:2", "the fewest first"]),
+    "workers from 0": (["--num-workers", "0:2"], ["--num-workers 0:2", "at least one"]),
+    "workers of a file": (["--config", "range.yaml"], ["--num-workers 2:4:6", "a whole number"]),
     "batch 1:30": (["--batch-size", "1:30"], ["--data.batch_size", "1:30", "int", HELP]),
     "batch of a file": (["--config", "batch.yaml"], ["batch.yaml", "--data.batch_size", "1:30", "int", HELP]),
     "seed 1:30": (["--seed", "1:30"], ["--seed", "1:30", "int", HELP]),
@@ -137,7 +139,7 @@ def test_bad_input_is_one_sentence(run: Run, tmp_path: Path, arguments: list[str
     (tmp_path / "file").touch()
     (tmp_path / "old/run").mkdir(parents=True)
     (tmp_path / "broken.yaml").write_text("seed: [1\n")
-    (tmp_path / "range.yaml").write_text("num_workers: 2:4\n")
+    (tmp_path / "range.yaml").write_text("num_workers: 2:4:6\n")
     (tmp_path / "batch.yaml").write_text("data: {class_path: MNISTDataModule, init_args: {batch_size: 1:30}}\n")
     (tmp_path / "unknown.yaml").write_text("nope: 3\n")
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
@@ -290,9 +292,21 @@ def test_what_is_known_of_our_classes_before_they_are_imported_is_true(name: str
     assert [*inspect.signature(early.OURS[name]).parameters.values()] == [*taken.values()]
 
 
+@pytest.mark.parametrize("written", ["2:4", "'2:4'", "[2, 4]"])
+def test_a_range_of_workers_is_what_is_written(written: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"num_workers: {written}\n")
+    options = parser.make_options("train", "").parse_args(["--config", str(tmp_path / "config.yaml")])
+    assert RunConfig(num_workers=options.num_workers).num_workers == (2, 4)
+    options = parser.make_options("train", "").parse_args(["--num-workers", written.strip("'")])
+    config = RunConfig(num_workers=options.num_workers)
+    assert (config.min_workers, config.max_workers) == (2, 4)
+    assert RunConfig(num_workers="3:3").num_workers == RunConfig(num_workers=(3, 3)).num_workers == 3
+
+
 PRINTED = {
     "nothing": [],
     "run options": ["--num-workers", "2", "--use-gpu", "--name=x"],
+    "a range": ["--num-workers", "2:4"],
     "another of our classes": ["--lr", "0.5", "--model", "ConvModel", "--model.init_args.num_classes=20"],
     "its path": ["--model=ray_mnist.ConvModel", "--data", "MNISTDataModule", "--model.input_shape", "[3, 8, 8]"],
     "a module's": ["--model", "ray_mnist.models.SimpleModel", *DIGITS],

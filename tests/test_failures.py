@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.train import ControllerError
 from ray.train.v2._internal.exceptions import (
     InsufficientClusterResourcesError,
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
 )
 from torch import nn
 from torch.nn import functional as F
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ray_mnist.errors import RequestError, Stopped, TrainingError
 from ray_mnist.launch.failures import Failures, describe_all, describe_start, is_bug, may_start_next_time
+from ray_mnist.run.events import WorkersChanged
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.records import read_failures
 
@@ -212,3 +214,19 @@ def test_what_keeps_workers_from_starting_is_tried_again_if_that_may_help(
 ) -> None:
     assert said in str(describe_start(error))
     assert may_start_next_time(getattr(error, "controller_failure", error)) is again
+
+
+def test_a_machine_that_was_taken_away_with_notice_is_no_failure(tmp_path: Path) -> None:
+    folder, sent = RunFolder(str(tmp_path), "run"), list[Any]()
+    failures = Failures(folder, max_failures=0, send=sent.extend)
+    lost = raised(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
+    with_notice = WorkerHealthCheckFailedError("…", RayActorError(preempted=True))
+    failures.after_exception(None, {0: lost, 1: with_notice})
+    (told,) = sent
+    assert isinstance(told, WorkersChanged)
+    assert "worker 1 had not left its machine when that was taken away; starting again" in told.message
+    assert (read_failures(folder), failures.tries_left) == ([], 0)
+    with pytest.raises(TrainingError, match="KeyError"):
+        failures.after_exception(None, {0: error_of(BUGS["key"]), 1: with_notice})
+    failures.after_exception(None, {1: WorkerHealthCheckFailedError("…", RayActorError())})
+    assert len(read_failures(folder)) == 2

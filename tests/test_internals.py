@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.profilers import PassThroughProfiler, SimpleProfiler
 from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultMetric
+from ray.train import ScalingConfig
 from torch.utils.data import DataLoader, TensorDataset
 
 from ray_mnist.launch.local import LocalContext
@@ -23,7 +24,7 @@ from ray_mnist.lightning_internals import leave_sigterm_alone, spare_each_step
 from ray_mnist.worker import Job, make_trainer
 
 PACKAGE = Path(__file__).parents[1] / "ray_mnist"
-INTERNALS = ("ray_internals.py", "ray_train_internals.py", "lightning_internals.py")
+INTERNALS = ("ray_internals.py", "ray_train_internals.py", "ray_scaling_internals.py", "lightning_internals.py")
 THEIRS = ("ray", "pytorch_lightning", "lightning_fabric")
 # Private names of the standard library and of torch, each in the one file that needs it.
 OTHERS = {
@@ -69,7 +70,7 @@ def test_no_other_file_reaches_into_a_foreign_object() -> None:
     assert found <= OTHERS
 
 
-@pytest.mark.parametrize("file", ["ray_internals.py", "ray_train_internals.py"])
+@pytest.mark.parametrize("file", [name for name in INTERNALS if name.startswith("ray")])
 def test_ray_still_has_what_is_imported_of_it(file: str) -> None:
     moved = []
     for module, name in imports(PACKAGE / file):
@@ -83,16 +84,25 @@ def test_ray_still_has_what_is_imported_of_it(file: str) -> None:
 
 def test_ray_still_calls_what_is_overridden() -> None:
     """A method of ours that no class of Ray's has would never be called."""
-    from ray_mnist import ray_train_internals
+    from ray_mnist import ray_scaling_internals, ray_train_internals
 
-    ours = [each for each in vars(ray_train_internals).values() if inspect.isclass(each)]
-    for each in (each for each in ours if each.__module__ == ray_train_internals.__name__):
-        bases = [base for base in each.__mro__[1:] if base.__module__ != ray_train_internals.__name__]
+    files = (ray_train_internals, ray_scaling_internals)
+    ours = {each for file in files for each in vars(file).values() if inspect.isclass(each)}
+    for each in (each for each in ours if each.__module__ in [file.__name__ for file in files]):
+        bases = [base for base in each.__mro__[1:] if not base.__module__.startswith("ray_mnist.")]
         for name in vars(each):
             if name.startswith("_") and not name.startswith("__"):
                 assert any(name in vars(base) for base in bases), f"Ray moved {name}, which {each.__name__} overrides"
     for name in ("run", "get_result", "worker_group_cls"):
         assert hasattr(ray_train_internals.TrainController, name), f"Ray moved TrainController.{name}"
+    for name in ("make_decision_for_running_worker_group", "before_controller_execute_resize_decision"):
+        assert hasattr(ray_scaling_internals.ScalingPolicy, name), f"Ray moved ScalingPolicy.{name}"
+    for name in ("make_decision_for_non_running_worker_group", "GET_RESERVED_RESOURCES_INTERVAL_S"):
+        assert hasattr(ray_scaling_internals.ElasticScalingPolicy, name), f"Ray moved ElasticScalingPolicy.{name}"
+    assert hasattr(ray_scaling_internals.DefaultFailurePolicy, "make_decision")
+    assert hasattr(ray_scaling_internals.global_state, "get_draining_nodes")
+    config = ScalingConfig(num_workers=(2, 4))
+    assert (config.elasticity_enabled, config._resources_per_worker_not_none) == (True, {"CPU": 1})
     for name in ("get_out_file_path", "get_err_file_path"):
         assert hasattr(ray_train_internals.global_worker, name), f"Ray moved global_worker.{name}"
     assert hasattr(ray_train_internals.global_state, "_connect_and_get_accessor")

@@ -132,6 +132,11 @@ def test_a_grid_has_the_ends_of_a_range_and_what_lies_between() -> None:
         ({"model.lr": [0.1]}, {"search": "luck"}, "--search luck is not known: use one of random, grid, optuna"),
         ({"model.lr": [0.1]}, {"num_samples": 0}, "--num-samples 0 is not possible"),
         ({"model.lr": [0.1]}, {"devices": 2}, "devices=2 means nothing here"),
+        (
+            {"model.lr": [0.1]},
+            {"num_workers": (2, 4)},
+            "--num-workers: a trial keeps as many workers as it starts with",
+        ),
         ({"model.lr": [0.1]}, {"tpu_cores": 8}, "--tpu-cores: trials train on CPUs or GPUs, drop it"),
     ],
 )

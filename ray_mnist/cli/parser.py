@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse._loaders_dumpers import get_yaml_default_loader  # what it reads every number with
 
-from ray_mnist.config import ONE_NUMBER, OPTIONS, RunConfig, flag
+from ray_mnist.config import OPTIONS, RunConfig, flag
 from ray_mnist.errors import RequestError, one_line
 from ray_mnist.run.folder import RunFolder
 
@@ -71,8 +71,7 @@ def sentence(message: str) -> str:
         line = f"--{option}.{inner[1].replace('-', '_')}: {inner[2]}" if inner else f"{flag(option)}{given}: {reason}"
     line = re.sub(r"Expected a dot import path string: \S+", UNKNOWN_CLASS, line)
     line = re.sub(r'Parser key "([^"]+)"', lambda key: flag(key[1]), line)
-    line = re.sub(r"<class '(\w+)'>", r"\1", line)
-    return re.sub(r"--num-workers: Expected a int\. Got value: (.*:.*)$", rf"--num-workers \1 {ONE_NUMBER}", line)
+    return re.sub(r"<class '(\w+)'>", r"\1", line)
 
 
 def versions() -> str:

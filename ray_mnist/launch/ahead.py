@@ -23,6 +23,8 @@ RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(WAIT_FOR_NODES_S),
     # What is printed is printed, and not logged.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # The exchange of workers leaves a machine as soon as all have checkpointed; Ray waits until it is gone.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # How often Ray looks whether the workers are done or dead: 2 s would be added to every run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
@@ -37,13 +39,13 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
     Not started yet are the workers of trials, and those that have a GPU: Ray gives them theirs as it starts them.
     """
     # More workers than cores run in turns: slower, and good enough to try a run out.
-    enough = max(os.cpu_count() or 1, config.num_workers * (config.cpus_per_worker or 1), cpus)
+    enough = max(os.cpu_count() or 1, config.max_workers * (config.cpus_per_worker or 1), cpus)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     settings = {name: os.environ.get(name, value) for name, value in RAY_TRAIN_SETTINGS.items()}
     options: dict[str, Any] = {"num_cpus": enough, "include_dashboard": False, "runtime_env": {"env_vars": settings}}
     ray.init(address="local", **options, **QUIET)
     if not cpus and not config.use_gpu:
-        _workers[:] = ray_internals.start_workers(config.num_workers, partial(import_worker, package_in_use()))
+        _workers[:] = ray_internals.start_workers(config.max_workers, partial(import_worker, package_in_use()))
 
 
 def import_worker(package: str) -> None:

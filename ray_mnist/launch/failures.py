@@ -1,6 +1,5 @@
 """What Ray Train's controller does about a failure. It imports neither torch nor Lightning, which takes seconds."""
 
-import json
 import re
 import threading
 from collections.abc import Callable
@@ -13,9 +12,9 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
 from ray_mnist.errors import RequestError, Stalled, Stopped, TrainingError, one_line
 from ray_mnist.launch.channel import PATIENCE_S, Send
-from ray_mnist.run.events import WorkersFailed
+from ray_mnist.run.events import WorkersChanged, WorkersFailed
 from ray_mnist.run.folder import RunFolder
-from ray_mnist.run.records import FAILURES, one_failure
+from ray_mnist.run.records import FAILURES, add_line, one_failure
 
 # The user's own errors: Python's, Lightning's, and what torch says of tensors that do not fit.
 PYTHONS = (
@@ -46,14 +45,15 @@ DIED = "died: killed, out of memory, or its machine is gone"
 class Failures(ray.train.UserCallback):
     """Runs in Ray Train's controller: tells and writes down each failure, and ends the run where trying is no use."""
 
-    def __init__(self, folder: RunFolder, max_failures: int, send: Send) -> None:
+    def __init__(self, folder: RunFolder, max_failures: int, send: Send, least: int | None = None) -> None:
         self.storage_path, self.name = folder.storage_path, folder.name
-        self.tries_left, self.send = max_failures, send
+        self.tries_left, self.send, self.least = max_failures, send, least
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Adds a line to the run folder's list of failures.
 
-        Not so where the request was wrong, which leaves no folder, or the run was told to stop, which is no failure.
+        Not so where the request was wrong, which leaves no folder, or the run was told to stop, or a machine was taken
+        away with notice, which are no failures.
         """
         for error in worker_exceptions.values():
             if isinstance(error, RequestError | Stopped):
@@ -61,17 +61,14 @@ class Failures(ray.train.UserCallback):
         folder = RunFolder(self.storage_path, self.name)
         failures = [describe(rank, error).message for rank, error in sorted(worker_exceptions.items())]
         bug = any(is_bug(error) for error in worker_exceptions.values())
+        if not bug and any(taken_away(error) for error in worker_exceptions.values()):
+            self.send([WorkersChanged(f"{'; '.join(failures)}; starting again from the newest checkpoint")])
+            return
         again = self.tries_left > 0 and not bug
         self.tries_left -= 1
-        self.send([WorkersFailed(sorted(worker_exceptions), write_down(folder, failures, again))])
+        self.send([WorkersFailed(sorted(worker_exceptions), write_down(folder, failures, again, self.least))])
         if bug:
             raise describe_all(worker_exceptions)
-
-
-def add_line(folder: RunFolder, line: str) -> None:
-    """Adds it to the list of failures."""
-    before = folder.read(FAILURES).decode() if folder.has(FAILURES) else ""
-    folder.write(FAILURES, f"{before}{line}\n")
 
 
 def in_time(write: Callable[[], None]) -> None:
@@ -86,11 +83,16 @@ def in_time(write: Callable[[], None]) -> None:
     thread.join(PATIENCE_S)
 
 
-def write_down(folder: RunFolder, failures: list[str], again: bool) -> str:
-    """Adds a line to the run folder's list of failures; returns it in words."""
-    then = f"starting again, once all workers have room (waiting up to {WAIT_FOR_NODES_S} s)" if again else "giving up"
+def write_down(folder: RunFolder, failures: list[str], again: bool, least: int | None = None) -> str:
+    """Adds a line to the run folder's list of failures; returns it in words.
+
+    It says what comes of it: whether the workers are started again, all of them, or `least` and as many as there are.
+    """
+    enough = f"at least {least}" if least else "all"
+    waiting = f"starting again, once {enough} workers have room (waiting up to {WAIT_FOR_NODES_S} s)"
+    then = waiting if again else "giving up"
     failure = {"workers": failures, "then": then}
-    in_time(lambda: add_line(folder, json.dumps(failure)))
+    in_time(lambda: add_line(folder, FAILURES, failure))
     return one_failure(failure)
 
 
@@ -116,6 +118,11 @@ def is_bug(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and not lost_peer(error) and bool(about_tensors or ASSERT in message)
 
 
+def taken_away(error: Exception) -> bool:
+    """Whether the worker died with a machine of which that was known before, and there was not time enough to leave."""
+    return bool(getattr(getattr(error, "health_check_failure", None), "preempted", False))
+
+
 def lost_peer(error: Exception) -> bool:
     """Whether the worker says no more than that another one is gone or too slow."""
     named = isinstance(error, RuntimeError) and PEERS.search(str(error))
@@ -132,7 +139,8 @@ def describe(rank: int, error: Exception) -> TrainingError:
     if isinstance(error, Stalled):
         return TrainingError(f"worker {rank} {error}", error.details)
     if not raised_by_training(error):
-        return TrainingError(f"worker {rank} {DIED}", str(error))
+        how = "had not left its machine when that was taken away" if taken_away(error) else DIED
+        return TrainingError(f"worker {rank} {how}", str(error))
     if isinstance(error, TrainingError):
         return error
     message = f"worker {rank}: {type(error).__name__}: {one_line(error)[:300]}"

@@ -25,9 +25,11 @@ from ray_mnist.cli.lightning_arguments import FIND_UNUSED
 from ray_mnist.config import RunConfig
 from ray_mnist.distributed.strategy import FollowsFreezing, StaysOnDevice, extend
 from ray_mnist.errors import RequestError, Stopped, TrainingError
+from ray_mnist.launch import pause
 from ray_mnist.launch.ahead import RAY_TRAIN_SETTINGS
 from ray_mnist.launch.channel import over_ray, stop_sign, wait_for
 from ray_mnist.launch.connection import environment, go_to, this_folder
+from ray_mnist.launch.exchange import LOOK_S, PLACE_S, Exchange
 from ray_mnist.launch.failures import Failures, describe_all, describe_start, may_start_next_time, write_down
 from ray_mnist.launch.output import root_logger, worker_output
 from ray_mnist.launch.stalls import StallWatch
@@ -118,7 +120,16 @@ def make_strategy(wanted: Any) -> Any:
 
 
 def train_function(config: dict[str, Any]) -> Outcome | Evaluation | None:
-    """What each worker process runs; only rank 0 brings the outcome home, which can be heavy."""
+    """What each worker process runs, to its end or until others are to take its place."""
+    try:
+        return train(config)
+    except Stopped:
+        pause.wait_if_asked()
+        raise
+
+
+def train(config: dict[str, Any]) -> Outcome | Evaluation | None:
+    """Does this rank's part of the job; only rank 0 brings the outcome home, which can be heavy."""
     go_to(config["folder"])
     torch.set_num_threads(config["threads"])  # as many as CPUs are reserved: workers don't fight over cores
     if not config["use_gpu"]:
@@ -129,6 +140,7 @@ def train_function(config: dict[str, Any]) -> Outcome | Evaluation | None:
         try:
             job: Job = cloudpickle.loads(config["job"])  # here, since modules may print as they are imported
             context = RayContext(job, config["use_gpu"], tell)
+            pause.follow(context.stop)
             if rank == 0:
                 config["wait_for_stop"](context.stop)
             outcome = run_and_collect(job, context)
@@ -152,7 +164,7 @@ def unused_parameters(model: pl.LightningModule) -> RequestError:
 def launch(
     job: Job, config: RunConfig, tell: Tell, trainer_class: type[AbortableTorchTrainer] = AbortableTorchTrainer
 ) -> Outcome | Evaluation:
-    """Does the job on `config.num_workers` Ray workers, and tells of it; needs a `connection.connect`.
+    """Does the job on as many Ray workers as the configuration says, and tells of it; needs a `connection.connect`.
 
     Ray Train starts workers again that die in training. Where some die before that, or its controller does, all of it
     is started again here.
@@ -162,7 +174,7 @@ def launch(
         TrainingError: training failed, more often than `config.max_failures` allows.
         Stopped: SIGTERM came.
     """
-    with environment(RAY_TRAIN_SETTINGS), over_ray(tell) as send, stop_sign() as sign, ExitStack() as held:
+    with environment(ray_train_settings(config)), over_ray(tell) as send, stop_sign() as sign, ExitStack() as held:
         if job.task == "fit":
             held.enter_context(on_sigterm(sign.set.remote))
         settings = {
@@ -192,7 +204,7 @@ def launch(
                 tries_left -= max(0, len(read_failures(job.folder)) - written)
                 again = tries_left > 0 and may_start_next_time(failure)
                 described = describe_start(error)
-                send([WorkersFailed([], write_down(job.folder, [described.message], again))])
+                send([WorkersFailed([], write_down(job.folder, [described.message], again, least(config)))])
                 if not again:
                     raise described from None
                 tries_left -= 1
@@ -203,25 +215,42 @@ def make_trainer(
 ) -> AbortableTorchTrainer:
     """A TorchTrainer for one `fit`, whose workers are given `settings`."""
     stalls = [WatchedGroup(StallWatch(job.folder, config.stall_timeout))] if config.stall_timeout else []
-    return kind(
+    trainer = kind(
         partial(call_with, package_in_use(), f"{__name__}:{train_function.__name__}"),
         train_loop_config=settings,
         torch_config=TorchConfig(backend=process_group_backend(config.use_gpu)),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=bundle(config)
+            num_workers=config.num_workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker=bundle(config),
+            elastic_resize_monitor_interval_s=LOOK_S,
         ),
         run_config=ray.train.RunConfig(
             name=job.name,
             storage_path=job.folder.storage_path,
             failure_config=ray.train.FailureConfig(
                 max_failures=max_failures,
-                max_preemption_failures=max_failures,
+                max_preemption_failures=-1,  # nobody's failure, and each has a notice of its own
                 controller_failure_limit=0,  # Ray would tell nobody of them
             ),
-            callbacks=[Failures(job.folder, max_failures, settings["send"]), *stalls],
+            callbacks=[Failures(job.folder, max_failures, settings["send"], least(config)), *stalls],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
+    workers = config.min_workers, config.max_workers
+    trainer.exchange = Exchange(job.folder, *workers, settings["send"], can_pause=job.task == "fit")
+    return trainer
+
+
+def least(config: RunConfig) -> int | None:
+    """The fewest workers that a run goes on with, if it does so with fewer than it can have."""
+    return config.min_workers if isinstance(config.num_workers, tuple) else None
+
+
+def ray_train_settings(config: RunConfig) -> dict[str, str]:
+    """Environment variables that Ray Train reads when the run starts."""
+    wait_less = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(PLACE_S)}  # how many have room may change at any time
+    return RAY_TRAIN_SETTINGS | (wait_less if least(config) else {})
 
 
 def forget_snapshot(folder: RunFolder) -> None:

@@ -10,6 +10,7 @@ from ray_mnist.checks import preflight
 from ray_mnist.cli import console
 from ray_mnist.config import RunConfig
 from ray_mnist.data import MNISTDataModule
+from ray_mnist.errors import RequestError
 from ray_mnist.run.events import Tell
 from ray_mnist.worker import Job
 
@@ -56,8 +57,8 @@ def check_data(job: Job, config: RunConfig) -> None:
 
 
 def world_size(config: RunConfig) -> int:
-    """How many ranks train together."""
-    return max(1, config.num_workers, config.tpu_cores)
+    """How many ranks train together, at most."""
+    return max(1, config.max_workers, config.tpu_cores)
 
 
 def here(job: Job, config: RunConfig) -> Prepared:
@@ -78,16 +79,26 @@ def on_ray(job: Job, config: RunConfig) -> Prepared:
     from ray_mnist.launch import connection, ray
 
     check_serializable_job(job)
+    if isinstance(config.num_workers, tuple) and not job.lightning.get("use_distributed_sampler", True):
+        raise RequestError(
+            "num_workers as a range and use_distributed_sampler=False were both given: what your loaders share out "
+            "themselves would be shared out anew with each change, give one number."
+        )
     check_data(job, config)
     with connection.connect(config, job):
         config = ray.with_cpus(config, preflight.Cluster.current())
         cluster = preflight.check_resources(
-            config.num_workers, ray.bundle(config), preflight.WAIT_FOR_NODES_S, console.say
+            config.min_workers, ray.bundle(config), preflight.WAIT_FOR_NODES_S, console.say
         )
         preflight.check_shared_storage(job.folder, cluster)
-        workers = f"{config.num_workers} worker{'s' if config.num_workers > 1 else ''}"
-        where = f"{workers} on {'GPU' if config.use_gpu else 'CPU'}, Ray {cluster}"
+        where = f"{workers(config)} on {'GPU' if config.use_gpu else 'CPU'}, Ray {cluster}"
         yield where, lambda tell: ray.launch(job, config, tell)
+
+
+def workers(config: RunConfig) -> str:
+    """Such as `1 worker`, `4 workers` or `2 to 4 workers`."""
+    least = f"{config.min_workers} to " if config.min_workers < config.max_workers else ""
+    return f"{least}{config.max_workers} worker{'s' if config.max_workers > 1 else ''}"
 
 
 def on_tpu(job: Job, config: RunConfig) -> Prepared:

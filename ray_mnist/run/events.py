@@ -45,5 +45,12 @@ class CheckpointPassedOver:
     why: str
 
 
-Event = EpochEnded | Printed | WorkerStarted | WorkersFailed | CheckpointPassedOver
+@dataclass(frozen=True)
+class WorkersChanged:
+    """Other workers, or as many others, go on, or are to: `message` says how many and why."""
+
+    message: str
+
+
+Event = EpochEnded | Printed | WorkerStarted | WorkersFailed | CheckpointPassedOver | WorkersChanged
 Tell = Callable[[Event], None]  # never waits for long, and never fails: news must not harm a run

@@ -46,6 +46,7 @@ class Outcome:
     best_checkpoint: str | None
     started: float
     fit_seconds: float
+    num_workers: int = 1  # at the end
     newest_checkpoint: str | None = None  # that the fit wrote, or went on from
     test_seconds: float = 0.0
     test_samples: int = 0

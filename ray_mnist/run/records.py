@@ -9,6 +9,7 @@ from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Row
 
 FAILURES = "failures.jsonl"
+CHANGES = "workers.jsonl"
 FIRST_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "val_accuracy")
 LAST_COLUMNS = ("samples_per_second", "seconds")
 
@@ -50,6 +51,17 @@ def read_failures(folder: RunFolder) -> list[str]:
 def one_failure(failure: dict[str, Any]) -> str:
     """A line of the file, in words."""
     return "; ".join([*failure["workers"], failure["then"]])
+
+
+def add_line(folder: RunFolder, name: str, values: dict[str, Any]) -> None:
+    """Adds a line of JSON to a file of such lines."""
+    before = folder.read(name).decode() if folder.has(name) else ""
+    folder.write(name, f"{before}{json.dumps(values)}\n")
+
+
+def add_change(folder: RunFolder, before: int, after: int, why: str) -> None:
+    """Adds that other workers went on, as many as they were or not, to the list of these changes."""
+    add_line(folder, CHANGES, {"before": before, "after": after, "why": why})
 
 
 def throughput(history: list[Row]) -> float | None:

@@ -55,7 +55,7 @@ def write_result(
         "dataset": dataset_name(data, model),
         "model": type(model).__name__,
         "device": outcome.device,
-        "num_workers": config.tpu_cores or config.num_workers,
+        "num_workers": config.tpu_cores or (config.num_workers and outcome.num_workers),
         "seed": config.seed,
         "epochs": len(outcome.history),
         "steps": outcome.steps,

@@ -102,6 +102,8 @@ class Sweep:
         self.config = RunConfig(**{name: value for name, value in arguments.items() if name in OPTIONS})
         if self.config.tpu_cores:
             raise RequestError("--tpu-cores: trials train on CPUs or GPUs, drop it.")
+        if isinstance(self.config.num_workers, tuple):
+            raise RequestError("--num-workers: a trial keeps as many workers as it starts with, give one number.")
         theirs = {name: value for name, value in arguments.items() if name not in set(OPTIONS) - {"max_epochs"}}
         self.lightning = for_lightning(theirs | {"logger": arguments.get("logger", False)}, self.config)
         self.placed = self.config  # with the CPUs that a worker gets on the cluster, once there is one
@@ -136,7 +138,7 @@ class Sweep:
     def _search(self, folder: RunFolder, model: Any, datamodule: Any, started: float) -> SweepResult:
         data, name = {"datamodule": datamodule}, folder.name
         job = Job("fit", model, data, folder.storage_path, name, 0, lightning=self.lightning)
-        workers = max(1, self.config.num_workers)
+        workers = max(1, self.config.max_workers)
         cpus = workers * (self.config.cpus_per_worker or 1)
         at_once = self.sweep.max_concurrent or max(1, (os.cpu_count() or 1) // cpus)
         # The trial itself may take one more.
@@ -169,7 +171,7 @@ class Sweep:
                 raise RequestError(f"{parameters} cannot be tried: {one_line(error)}.") from error
             made.append((model, datamodule))
         own = [datamodule for _, datamodule in made if isinstance(datamodule, MNISTDataModule)]
-        world_size = max(1, self.config.num_workers)
+        world_size = max(1, self.config.max_workers)
         sizes: dict[Any, dict[str, int]] = {}  # of the data sets that were loaded
         for datamodule in own:  # before any data is loaded
             datamodule.check_batch_size(world_size)
@@ -205,7 +207,7 @@ class Sweep:
                 scheduler=self._scheduler(),
                 max_concurrent_trials=self.sweep.max_concurrent,
                 time_budget_s=self.sweep.time_budget,
-                reuse_actors=self.config.num_workers <= 1,
+                reuse_actors=self.config.max_workers <= 1,
             ),
             run_config=ray.tune.RunConfig(
                 name="tune",

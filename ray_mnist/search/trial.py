@@ -113,7 +113,7 @@ class Trial(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Ends this training and starts the next in the same process."""
-        if self.plan.config.num_workers > 1 or not self._end():
+        if self.plan.config.max_workers > 1 or not self._end():
             return False
         self._begin(new_config)
         return True
@@ -131,7 +131,7 @@ class Trial(tune.Trainable):
         config = self.plan.config
         try:
             job = self.plan.job(parameters, self.trial_id)
-            if config.num_workers > 1:
+            if config.max_workers > 1:
                 from ray_mnist.launch import ray
                 from ray_mnist.ray_train_internals import TrialTorchTrainer
 
@@ -181,7 +181,7 @@ class Trial(tune.Trainable):
     def _end(self) -> bool:
         """Whether the training has ended."""
         self.stop_when_told.told.set()
-        if self.plan.config.num_workers <= 1:
+        if self.plan.config.max_workers <= 1:
             self.thread.join(STOP_S)
         return not self.thread.is_alive()
 
