@@ -57,7 +57,7 @@ def ctrl_c_once(condition: Callable[[], bool]) -> Iterator[None]:
     wait_until(lambda: not actors(), 10, "the processes to end")
 
 
-@pytest.mark.parametrize("when", ["starting", "training"])
+@pytest.mark.parametrize("when", [pytest.param("starting", marks=pytest.mark.slow), "training"])
 def test_a_run_ends_in_a_cluster_that_goes_on(when: str, tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path), "run")
     trainer = Trainer(num_workers=2, max_epochs=1000, storage_path=str(tmp_path), name="run")
@@ -79,6 +79,7 @@ class WaitForResume(pl.Callback):
             time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_in_a_cluster_that_goes_on_and_resumes(tmp_path: Path) -> None:
     def sweep(**options: Any) -> Any:
         names = {"storage_path": str(tmp_path), "name": "sweep", "search": "grid", "scheduler": "fifo", "max_epochs": 2}

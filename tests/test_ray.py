@@ -237,6 +237,7 @@ class BuggyModel(SimpleModel):
         raise KeyError("a bug in the model")
 
 
+@pytest.mark.slow
 def test_a_bug_is_not_tried_again(cluster: None, tmp_path: Path) -> None:
     trainer = Trainer(max_epochs=1, num_workers=2, storage_path=str(tmp_path), name="run", max_failures=3)
     with pytest.raises(TrainingError, match=r"worker 0: KeyError: 'a bug in the model'") as failure:

@@ -224,6 +224,7 @@ class Unlucky(SimpleModel):
             raise ValueError("a bug at 0.25")
 
 
+@pytest.mark.slow
 def test_failed_trials_are_rows_with_their_reasons_and_the_best_of_the_rest_wins(cluster: None, tmp_path: Path) -> None:
     result = tune(
         Unlucky,
@@ -251,6 +252,7 @@ def test_failed_trials_are_rows_with_their_reasons_and_the_best_of_the_rest_wins
     assert {path.name for path in (tmp_path / "sweep" / "plots").iterdir()} == {"curves.png", "parameters.png"}
 
 
+@pytest.mark.slow
 def test_a_sweep_without_a_success_says_so(cluster: None, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"no trial succeeded: failed: ValueError: a bug at 0\.25"):
         tune(Unlucky, MNISTDataModule, {"model.lr": [0.25]}, storage_path=str(tmp_path), num_samples=1, **DIGITS)
@@ -334,10 +336,8 @@ class TrialActor:
         ).fit()
 
 
-@pytest.mark.parametrize(
-    ("trainer_class", "freed"),
-    [(TrialTorchTrainer, True), pytest.param(TorchTrainer, False, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("trainer_class", "freed"), [(TrialTorchTrainer, True), (TorchTrainer, False)])
 def test_a_trial_that_is_killed_frees_its_workers_where_rays_own_run_does_not(
     trainer_class: type[TorchTrainer], freed: bool, cluster: None, tmp_path: Path
 ) -> None:
