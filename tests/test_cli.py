@@ -123,6 +123,7 @@ REFUSED = {
     ),
     "Trainer's place": (["--trainer.devices", "2"], ["devices='2'", "give num_workers=N"]),
     "Trainer's strategy": (["--trainer.strategy", "deepspeed"], ["strategy='deepspeed'", "use one of auto, ddp"]),
+    "no epochs of the Trainer's": (["--trainer.max_epochs", "-1"], ["--max-epochs -1", "at least 1"]),
     "epochs twice": (["--trainer.max_epochs", "4", "--max-epochs", "5"], ["--max-epochs 5 and --trainer.max_epochs 4"]),
     "precision": (["--precision", "nonsense"], ["'nonsense'", "32-true", "bf16-mixed"]),
     "storage below a file": (["--storage-path", "file/below"], ["--storage-path", "file/below", "another folder"]),
@@ -336,6 +337,7 @@ trainer:
   max_epochs: 3
   precision: 32
   gradient_clip_val: 0.5
+  enable_progress_bar: null
   callbacks: [{class_path: EarlyStopping, init_args: {monitor: val_loss, patience: 7}}]
 """
 FILE, IN_FILE = ["--config", "lightning.yaml"], {"gradient_clip_val": 0.5, "callbacks": ["EarlyStopping"]}
@@ -348,6 +350,11 @@ FILE, IN_FILE = ["--config", "lightning.yaml"], {"gradient_clip_val": 0.5, "call
         (["--trainer.gradient_clip_val", "1"], {"max_epochs": 10}, {"gradient_clip_val": 1}),
         (["--trainer.max_epochs", "4"], {"max_epochs": 4}, {}),
         (["--trainer.precision", "16-mixed", "--max-epochs", "4"], {"precision": "16-mixed", "max_epochs": 4}, {}),
+        (
+            ["--trainer.max_epochs", "null", "--trainer.precision", "null"],
+            {"max_epochs": 10, "precision": "32-true"},
+            {},
+        ),
         (["--trainer.max_steps", "4"], {}, {"max_steps": 4}),
         (["--trainer.max_steps", "4", "--trainer.max_epochs", "-1"], {}, {"max_steps": 4}),
         (["--trainer.max_steps", "4", "--max-epochs", "10"], {"max_epochs": 10}, {"max_steps": 4}),

@@ -186,17 +186,19 @@ def make_one(config: Namespace, given: Namespace) -> None:
     """
     from ray_mnist.cli.lightning_arguments import ends_otherwise
 
-    for name in [name for name in vars(config.trainer) if name in OPTIONS]:
-        value = config.trainer.pop(name)
+    trainer = {name: value for name, value in vars(config.trainer).items() if value is not None}  # which is: not given
+    for name in [name for name in trainer if name in OPTIONS]:
+        value = trainer.pop(name)
         value = str(value) if name == "precision" else value  # Lightning has 16 for "16", too
         if given.get(name, value) != value:
             raise RequestError(
                 f"{flag(name)} {given[name]} and --trainer.{name} {value} are one option: give it one value."
             )
         config[name] = given[name] = value
-    if ends_otherwise(vars(config.trainer)) and given.get("max_epochs") in (None, -1):
+    if ends_otherwise(trainer) and given.get("max_epochs") in (None, -1):
         del config["max_epochs"]
-    if not vars(config.trainer):
+    config.trainer = Namespace(**trainer)
+    if not trainer:
         del config["trainer"]
 
 
