@@ -21,15 +21,14 @@ def train() -> None:
     importing.join()
     import pytorch_lightning as pl
 
-    from ray_mnist.cli.parser import instantiate, make_parser, parse, plain
-    from ray_mnist.config import OPTIONS
+    from ray_mnist.cli.parser import instantiate, make_parser, options_of, parse, plain, trainer_arguments
     from ray_mnist.trainer import Trainer
 
     parser = make_parser("train", DESCRIPTION)
     config = parse(parser)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model, datamodule = instantiate(parser, config)
-    trainer = Trainer(config=plain(parser, config), **{name: config[name] for name in OPTIONS})
+    trainer = Trainer(config=plain(parser, config), **options_of(config), **trainer_arguments(parser, config))
     trainer.fit(model, datamodule)
     values = trainer.result.values
     accuracy = "none" if values["test_accuracy"] is None else f"{values['test_accuracy']:.4f}"

@@ -112,6 +112,21 @@ REFUSED = {
     "unknown model argument": (["--model.nope", "3"], ["--model", "'nope'", HELP]),
     "unknown data argument": (["--data.nope", "3"], ["--data", "'nope'", HELP]),
     "too few classes": (["--model.num_classes", "9"], ["--model.num_classes 9", "10", "leave it out"]),
+    "unknown Trainer argument": (["--trainer.nope", "1"], ["--trainer.nope", HELP]),
+    "Trainer argument x": (
+        ["--trainer.gradient_clip_val", "x"],
+        ["--trainer.gradient_clip_val x: Expected", " or ", HELP],
+    ),
+    "unknown callback": (["--trainer.callbacks+=Nope"], ["--trainer.callbacks Nope", "pkg.module.Class", HELP]),
+    "callback without": (["--trainer.callbacks+=EarlyStopping"], ["--trainer.callbacks: ", "required: monitor", HELP]),
+    "callback that refuses": (
+        ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-3"],
+        ["--trainer cannot be made", "save_top_k=-3"],
+    ),
+    "Trainer's place": (["--trainer.devices", "2"], ["devices='2'", "give num_workers=N"]),
+    "Trainer's strategy": (["--trainer.strategy", "deepspeed"], ["strategy='deepspeed'", "use one of auto, ddp"]),
+    "no epochs of the Trainer's": (["--trainer.max_epochs", "-1"], ["--max-epochs -1", "at least 1"]),
+    "epochs twice": (["--trainer.max_epochs", "4", "--max-epochs", "5"], ["--max-epochs 5 and --trainer.max_epochs 4"]),
     "precision": (["--precision", "nonsense"], ["'nonsense'", "32-true", "bf16-mixed"]),
     "storage below a file": (["--storage-path", "file/below"], ["--storage-path", "file/below", "another folder"]),
     "storage in /proc": (["--storage-path", "/proc/runs"], ["--storage-path /proc/runs", "another folder"]),
@@ -328,6 +343,73 @@ def test_a_configuration_is_the_same_before_and_after_all_is_imported(
         assert end.value.code == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] != ""
+
+
+EARLY = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"]
+LIGHTNING_CONFIG = """
+trainer:
+  max_epochs: 3
+  precision: 32
+  gradient_clip_val: 0.5
+  enable_progress_bar: null
+  callbacks: [{class_path: EarlyStopping, init_args: {monitor: val_loss, patience: 7}}]
+"""
+FILE, IN_FILE = ["--config", "lightning.yaml"], {"gradient_clip_val": 0.5, "callbacks": ["EarlyStopping"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "trainer"),
+    [
+        ([], {"max_epochs": 10}, {}),
+        (["--trainer.gradient_clip_val", "1"], {"max_epochs": 10}, {"gradient_clip_val": 1}),
+        (["--trainer.max_epochs", "4"], {"max_epochs": 4}, {}),
+        (["--trainer.precision", "16-mixed", "--max-epochs", "4"], {"precision": "16-mixed", "max_epochs": 4}, {}),
+        (
+            ["--trainer.max_epochs", "null", "--trainer.precision", "null"],
+            {"max_epochs": 10, "precision": "32-true"},
+            {},
+        ),
+        (["--trainer.max_steps", "4"], {}, {"max_steps": 4}),
+        (["--trainer.max_steps", "4", "--trainer.max_epochs", "-1"], {}, {"max_steps": 4}),
+        (["--trainer.max_steps", "4", "--max-epochs", "10"], {"max_epochs": 10}, {"max_steps": 4}),
+        ([*EARLY, "--trainer.callbacks+=RichProgressBar"], {}, {"callbacks": ["EarlyStopping", "RichProgressBar"]}),
+        (["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"], {}, {"logger": "CSVLogger"}),
+        (FILE, {"max_epochs": 3, "precision": "32"}, IN_FILE),
+        ([*FILE, "--trainer.max_epochs", "5"], {"max_epochs": 5}, IN_FILE),
+    ],
+)
+def test_the_arguments_of_lightnings_trainer_are_taken(
+    arguments: list[str],
+    options: dict[str, Any],
+    trainer: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And what is written into config.yaml gives the same once more."""
+    monkeypatch.chdir(tmp_path)
+    Path("lightning.yaml").write_text(LIGHTNING_CONFIG)
+    for again in (False, True):
+        lightning = parser.make_parser("train", "")
+        config = parser.parse(lightning, ["--config", "config.yaml"] if again else arguments)
+        found = parser.trainer_arguments(lightning, config)
+        if "callbacks" in found:
+            found["callbacks"] = [type(callback).__name__ for callback in found["callbacks"]]
+        if "logger" in found:
+            found["logger"] = type(found["logger"]).__name__
+        assert found == trainer
+        assert options.items() <= parser.options_of(config).items()
+        assert ("max_epochs" in config) == ("max_steps" not in trainer or "max_epochs" in options)
+        Path("config.yaml").write_text(yaml.safe_dump(parser.plain(lightning, config)))
+
+
+def test_the_arguments_of_lightnings_trainer_are_what_is_trained_with(run: Run, tmp_path: Path) -> None:
+    status, out, err = run(*DIGITS, "--name", "run", "--trainer.max_steps", "40", "--trainer.limit_train_batches", "5")
+    assert (status, err) == (0, "")
+    assert "epoch   8  " in out
+    assert json.loads((tmp_path / "runs/run/result.json").read_text())["steps"] == 40
+    config = yaml.safe_load((tmp_path / "runs/run/config.yaml").read_text())
+    assert config["trainer"] == {"max_steps": 40, "limit_train_batches": 5}
+    assert "max_epochs" not in config
 
 
 @pytest.mark.parametrize(

@@ -249,10 +249,13 @@ def test_its_classes_are_taken_from_the_shell(command: Any, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_its_classes_are_searched(command: Any, tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
-    done = command(*FROM_THE_SHELL, "--num-samples", "2", "--space", "model.width=4,6", module="tune")
+    options = ["--num-samples", "2", "--space", "model.width=4,6", "--trainer.gradient_clip_val", "0.5"]
+    done = command(*FROM_THE_SHELL, *options, module="tune")
     assert (done.returncode, done.stderr) == (0, "")
     rows = (tmp_path / "runs/run/trials.csv").read_text().splitlines()[1:]
     assert [row.split(",")[-2] for row in rows] == ["done", "done"]
+    best = yaml.safe_load((tmp_path / "runs/run/best_config.yaml").read_text())
+    assert best["trainer"] == {"gradient_clip_val": 0.5}
 
 
 def test_a_worker_is_told_which_of_the_two_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

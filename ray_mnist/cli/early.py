@@ -69,9 +69,12 @@ def answer(description: str, arguments: Sequence[str]) -> RunConfig | None:
                 (f"{part}.help", "CLASS", "show the arguments of a class and exit"),
             ):
                 parser.add_argument(f"--{option}", metavar=value, help=text, default=SUPPRESS)
+        parser.add_argument(
+            "--trainer.ARG", metavar="VALUE", help="an argument of Lightning's Trainer", default=SUPPRESS
+        )
         parser.parse_args(["--help"])
     arguments = expand(arguments)
-    options = parser.parse_args(without(r"(model|data)(\..*?)?|config|print_config", arguments))
+    options = parser.parse_args(without(r"(model|data|trainer)(\..*?)?|config|print_config", arguments))
     if "--config" in {argument.partition("=")[0] for argument in arguments}:
         return None
     config = RunConfig(**{name: options[name] for name in OPTIONS})

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -62,8 +63,10 @@ def sentence(message: str) -> str:
     line = " ".join(re.sub(r"\(see [^)]*--help\)", "", message).split())
     # A class may also be given as a path or left out (None): why neither fits is of no interest.
     tried = re.search(
-        r'Parser key "(\w+)": .*Errors: - (.*?) - Expected a <class \'NoneType\'>.*Given value: (.*)', line
+        r'Parser key "([\w.]+)": .*Errors: - (.*?) - Expected a <class \'NoneType\'>.*Given value: (.*)', line
     )
+    if tried and tried[1].startswith("trainer."):
+        return f"--{tried[1]}{'' if '(' in tried[3] else f' {tried[3]}'}: {trainer_reason(tried[2])}"
     if tried:
         option, reason, value = tried.groups()
         inner = re.match(r"--([\w-]+): (.*)", reason)  # the class's own parser was here before
@@ -72,6 +75,16 @@ def sentence(message: str) -> str:
     line = re.sub(r"Expected a dot import path string: \S+", UNKNOWN_CLASS, line)
     line = re.sub(r'Parser key "([^"]+)"', lambda key: flag(key[1]), line)
     return re.sub(r"<class '(\w+)'>", r"\1", line)
+
+
+def trainer_reason(tried: str) -> str:
+    """Why an argument of Lightning's Trainer was refused, of all types that were `tried` for it."""
+    tried = re.sub(
+        r"Expected a dot import path string: \S+", "neither one of Lightning's nor a pkg.module.Class", tried
+    )
+    reasons = dict.fromkeys(re.sub(r"<class '([\w.]+)'>", r"\1", tried).split(" - "))
+    said = [reason for reason in reasons if not reason.startswith("Expected a ")]
+    return said[0] if said else "Expected " + " or ".join(reason.removeprefix("Expected a ") for reason in reasons)
 
 
 def versions() -> str:
@@ -99,7 +112,7 @@ def make_options(module: str, description: str, short: bool = True) -> Parser:
 
 
 def make_parser(module: str, description: str, short: bool = True) -> Parser:
-    """The options of a run, and `--model` and `--data` with the arguments of the classes that they name."""
+    """The options of a run, `--model` and `--data` with the arguments of their classes, and Lightning's `--trainer`."""
     import pytorch_lightning as pl
 
     import ray_mnist.data
@@ -108,6 +121,8 @@ def make_parser(module: str, description: str, short: bool = True) -> Parser:
     parser = make_options(module, description, short)
     for part, base in BASES.items():
         parser.add_subclass_arguments(getattr(pl, base), part, required=True, help=describe_class(part))
+    names = parser.add_class_arguments(pl.Trainer, "trainer", instantiate=False, fail_untyped=False, sub_configs=True)
+    parser.set_defaults(dict.fromkeys(names, SUPPRESS))  # what is not given is for `Trainer` to choose
     return parser
 
 
@@ -154,9 +169,50 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None, short: bool = 
     if config.resume and config.name:
         saved = RunFolder(config.storage_path, config.name)
         if saved.is_local and saved.has("config.yaml"):
-            config = parser.parse_args(name_classes(["--config", saved.at("config.yaml"), *arguments]))
-    RunConfig(**{name: config[name] for name in OPTIONS})  # finds out what cannot mean anything
+            arguments = ["--config", saved.at("config.yaml"), *arguments]
+            config = parser.parse_args(name_classes(arguments))
+    if "trainer" in config:
+        make_one(config, given=parser.parse_args(name_classes(arguments), defaults=False))
+    RunConfig(**options_of(config))  # finds out what cannot mean anything
     return config
+
+
+def make_one(config: Namespace, given: Namespace) -> None:
+    """Takes what the Trainer's arguments say of an option for that option's value, as if it had been given itself.
+
+    Raises:
+        RequestError: the option was `given` another value.
+    """
+    from ray_mnist.cli.lightning_arguments import ends_otherwise
+
+    trainer = {name: value for name, value in vars(config.trainer).items() if value is not None}  # which is: not given
+    for name in [name for name in trainer if name in OPTIONS]:
+        value = trainer.pop(name)
+        value = str(value) if name == "precision" else value  # Lightning has 16 for "16", too
+        if given.get(name, value) != value:
+            raise RequestError(
+                f"{flag(name)} {given[name]} and --trainer.{name} {value} are one option: give it one value."
+            )
+        config[name] = given[name] = value
+    if ends_otherwise(trainer) and given.get("max_epochs") in (None, -1):
+        del config["max_epochs"]
+    config.trainer = Namespace(**trainer)
+    if not trainer:
+        del config["trainer"]
+
+
+def options_of(config: Namespace) -> dict[str, Any]:
+    """The run's options; without `max_epochs` where something else ends the run."""
+    return {name: config[name] for name in OPTIONS if name in config}
+
+
+def trainer_arguments(parser: Parser, config: Namespace) -> dict[str, Any]:
+    """The arguments of Lightning's Trainer that were given, with the objects that they name.
+
+    Raises:
+        RequestError: one of those cannot be made.
+    """
+    return vars(_make(parser, config, "trainer")) if "trainer" in config else {}
 
 
 def instantiate(parser: Parser, config: Namespace) -> "tuple[LightningModule, LightningDataModule]":
@@ -184,9 +240,8 @@ def _make(parser: Parser, config: Namespace, name: str) -> Any:
         said = error.__cause__ or error
         if isinstance(said, RequestError):
             raise said from None
-        raise RequestError(
-            f"--{name} {config[name].class_path} cannot be made: {type(said).__name__}: {one_line(said)}"
-        ) from error
+        made = f"{name} {config[name].class_path}" if "class_path" in config[name] else name
+        raise RequestError(f"--{made} cannot be made: {type(said).__name__}: {one_line(said)}") from error
 
 
 def plain(parser: Parser, config: Namespace) -> dict[str, Any]:

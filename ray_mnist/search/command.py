@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ray_mnist.cli import console
-from ray_mnist.cli.parser import Parser, expand, instantiate, make_parser, parse, plain
+from ray_mnist.cli.parser import Parser, expand, instantiate, make_parser, options_of, parse, plain, trainer_arguments
 from ray_mnist.config import OPTIONS, SweepConfig, flag
 from ray_mnist.errors import RequestError
 from ray_mnist.search import space
@@ -65,7 +65,7 @@ def search() -> None:
     sweep_config = SweepConfig(**{option.name: config[option.name] for option in fields(SweepConfig)})
     domains = domains_of(config)
     whole = plain(parser, config)
-    train_only = {name: value for name, value in whole.items() if name in (*OPTIONS, "model", "data")}
+    train_only = {name: value for name, value in whole.items() if name in (*OPTIONS, "model", "data", "trainer")}
 
     def whole_config(parameters: dict[str, Any]) -> dict[str, Any]:
         of_trial = copy.deepcopy(train_only)
@@ -78,8 +78,8 @@ def search() -> None:
         parser = make_parser("train", "")
         return instantiate(parser, parser.parse_object(whole_config(parameters)))
 
-    options = {name: config[name] for name in OPTIONS}
-    result = Sweep(build, domains, sweep_config, whole_config, whole, **options).run()
+    arguments = options_of(config) | trainer_arguments(parser, config)
+    result = Sweep(build, domains, sweep_config, whole_config, whole, **arguments).run()
     values = result.values
     console.say("best: " + "  ".join(f"{name} {value}" for name, value in values["parameters"].items()))
     accuracy = "none" if values["test_accuracy"] is None else f"{values['test_accuracy']:.4f}"
