@@ -6,8 +6,8 @@ its rank in the environment as under torchrun. Only the two things that Ray's co
 
 import os
 import threading
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process, set_start_method
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,7 +26,7 @@ from ray_mnist.launch.connection import this_folder
 from ray_mnist.launch.failures import describe_all
 from ray_mnist.launch.output import root_logger
 from ray_mnist.launch.termination import on_sigterm
-from ray_mnist.run.events import Tell
+from ray_mnist.run.events import Event, Tell
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
 from ray_mnist.worker import Job
 
@@ -124,10 +124,7 @@ def work(packed: bytes, environment: dict[str, str], home: Connection, stop: Any
     os.environ.clear()
     os.environ.update(environment)
     launch.RayContext = GlooContext
-    config = cloudpickle.loads(packed) | {
-        "send": lambda events: home.send_bytes(cloudpickle.dumps((events, None, None))),
-        "wait_for_stop": partial(wait_for, stop),
-    }
+    config = cloudpickle.loads(packed) | {"send": PipeSender(home, stop)}
     outcome = error = None
     try:
         # With no workers for Ray to start.
@@ -142,9 +139,18 @@ def work(packed: bytes, environment: dict[str, str], home: Connection, stop: Any
     home.send_bytes(cloudpickle.dumps(([], outcome, error)))
 
 
-def wait_for(asked: Any, stop: threading.Event) -> None:
-    """In place of that in `launch.channel`."""
-    threading.Thread(target=lambda: asked.wait() and stop.set(), daemon=True).start()
+@dataclass
+class PipeSender:
+    """In place of `launch.channel.Sender`."""
+
+    home: Connection
+    stop: Any
+
+    def __call__(self, events: list[Event]) -> None:
+        self.home.send_bytes(cloudpickle.dumps((events, None, None)))
+
+    def call_on_stop(self, stop: Callable[[], None]) -> None:
+        threading.Thread(target=lambda: self.stop.wait() and stop(), daemon=True).start()
 
 
 def die_with_the_tests() -> None:

@@ -33,7 +33,6 @@ def connect(config: RunConfig, job: "Job", cpus: int = 0) -> Iterator[None]:
         yield
         return
     address = address_to_join(config.address)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if address:
             ray.init(address=address, **ahead.QUIET)

@@ -5,9 +5,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,16 @@ from ray_mnist.config import RunConfig
 from ray_mnist.distributed.strategy import FollowsFreezing, extend
 from ray_mnist.errors import RequestError, Stopped, TrainingError
 from ray_mnist.launch.ahead import RAY_TRAIN_SETTINGS
-from ray_mnist.launch.channel import over_ray, stop_sign, wait_for
+from ray_mnist.launch.channel import over_ray
 from ray_mnist.launch.connection import environment, go_to, this_folder
-from ray_mnist.launch.failures import Failures, describe_all, describe_start, may_start_next_time, write_down
+from ray_mnist.launch.failures import (
+    Failures,
+    cause_of,
+    describe_all,
+    describe_start,
+    may_start_next_time,
+    write_down,
+)
 from ray_mnist.launch.output import root_logger, worker_output
 from ray_mnist.launch.stalls import StallWatch
 from ray_mnist.launch.termination import on_sigterm
@@ -133,8 +139,8 @@ def train_function(config: dict[str, Any]) -> Outcome | Evaluation | None:
         try:
             job: Job = cloudpickle.loads(config["job"])  # here, since modules may print as they are imported
             context = RayContext(job, config["use_gpu"], tell)
-            if rank == 0:
-                config["wait_for_stop"](context.stop)
+            if rank == 0 and job.task == "fit":
+                config["send"].call_on_stop(context.stop.set)
             outcome = run_and_collect(job, context)
             return outcome if rank == 0 else None
         except Exception as error:
@@ -166,16 +172,17 @@ def launch(
         TrainingError: training failed, more often than `config.max_failures` allows.
         Stopped: SIGTERM came.
     """
-    with environment(RAY_TRAIN_SETTINGS), over_ray(tell) as send, stop_sign() as sign, ExitStack() as held:
-        if job.task == "fit":
-            held.enter_context(on_sigterm(sign.set.remote))
+    with (
+        environment(RAY_TRAIN_SETTINGS),
+        over_ray(tell) as send,
+        on_sigterm(send.mailbox.stop.remote) if job.task == "fit" else nullcontext(),
+    ):
         settings = {
             "job": cloudpickle.dumps(job),
             "use_gpu": config.use_gpu,
             "threads": config.cpus_per_worker or 1,
             "folder": this_folder(),
             "send": send,
-            "wait_for_stop": partial(wait_for, sign),
             "root_logger": root_logger(),
         }
         tries_left = config.max_failures
@@ -190,7 +197,7 @@ def launch(
                 raise describe_all(error.worker_failures) from None
             except (ray.train.TrainingFailedError, RayError) as error:
                 trainer.abort()  # the controller may have died
-                failure = error.controller_failure if isinstance(error, ray.train.ControllerError) else error
+                failure = cause_of(error)
                 if isinstance(failure, RequestError | TrainingError | Stopped):
                     raise failure from None
                 tries_left -= max(0, len(read_failures(job.folder)) - written)
