@@ -290,6 +290,16 @@ def test_what_is_known_of_our_classes_before_they_are_imported_is_true(name: str
     assert [*inspect.signature(early.OURS[name]).parameters.values()] == [*taken.values()]
 
 
+@pytest.mark.parametrize(
+    "wrong", [["--model=Nope"], ["--data", "nope.Data"], ["--lr", "x"], ["--model", "ConvModel", "--model.width", "3"]]
+)
+def test_nothing_is_started_for_classes_that_cannot_be_made(wrong: list[str]) -> None:
+    """Where they may well be, the run options tell what to start while they are imported."""
+    assert early.answer("", wrong) is None
+    for right in ([], ["--lr", "0.1"], ["--model=ConvModel"], ["--model", "pytorch_lightning.demos.Net", "--lr", "x"]):
+        assert early.answer("", right) is not None
+
+
 PRINTED = {
     "nothing": [],
     "run options": ["--num-workers", "2", "--use-gpu", "--name=x"],
