@@ -29,7 +29,7 @@ def train() -> None:
     config = parse(parser)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model, datamodule = instantiate(parser, config)
-    trainer = Trainer(config=plain(parser, config), **{name: config[name] for name in OPTIONS})
+    trainer = Trainer(config=plain(parser, config), keep_workers=0, **{name: config[name] for name in OPTIONS})
     trainer.fit(model, datamodule)
     values = trainer.result.values
     accuracy = "none" if values["test_accuracy"] is None else f"{values['test_accuracy']:.4f}"

@@ -48,7 +48,7 @@ class GlooContext(launch.RayContext):
         dist.barrier()
 
 
-def on_gloo(job: Job, config: RunConfig) -> Iterator[tuple[str, Any]]:
+def on_gloo(job: Job, config: RunConfig, _: float) -> Iterator[tuple[str, Any]]:
     """In place of `select.on_ray`."""
     select.check_serializable_job(job)
     stop = processes.Event()
@@ -64,6 +64,7 @@ def run(job: Job, config: RunConfig, tell: Tell, stop: Any) -> Outcome | Evaluat
     """Does the job, without second tries; errors are those of `launch.ray.launch`."""
     num_workers, threads = config.num_workers, config.cpus_per_worker or 1
     settings = {"job": cloudpickle.dumps(job), "use_gpu": False, "threads": threads, "folder": this_folder()}
+    settings["keep"] = False
     packed = cloudpickle.dumps(settings | {"root_logger": root_logger()})
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}

@@ -35,10 +35,12 @@ from ray_mnist.launch.failures import (
     may_start_next_time,
     write_down,
 )
+from ray_mnist.launch.keeping import KEEPER
 from ray_mnist.launch.output import root_logger, worker_output
 from ray_mnist.launch.stalls import StallWatch
 from ray_mnist.launch.termination import on_sigterm
-from ray_mnist.ray_train_internals import SNAPSHOT, AbortableTorchTrainer, WatchedGroup, output_files
+from ray_mnist.launch.traces import TRACES, left_clean
+from ray_mnist.ray_train_internals import SNAPSHOT, AbortableTorchTrainer, WatchedGroup, end_run, output_files
 from ray_mnist.run.events import Tell, WorkersFailed
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
@@ -134,10 +136,14 @@ def train_function(config: dict[str, Any]) -> Outcome | Evaluation | None:
     if not config["use_gpu"]:
         # An optimizer of torch's for CUDA looks for GPUs at each step, and where it finds no driver does so for long.
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    if config["keep"]:
+        TRACES.begin()
     rank = ray.train.get_context().get_world_rank()
     with worker_output(config["send"], rank, output_files(), config["root_logger"]) as tell:
         try:
             job: Job = cloudpickle.loads(config["job"])  # here, since modules may print as they are imported
+            if config["keep"]:
+                TRACES.loaded()
             context = RayContext(job, config["use_gpu"], tell)
             if rank == 0 and job.task == "fit":
                 config["send"].call_on_stop(context.stop.set)
@@ -160,10 +166,15 @@ def unused_parameters(model: pl.LightningModule) -> RequestError:
 
 
 def launch(
-    job: Job, config: RunConfig, tell: Tell, trainer_class: type[AbortableTorchTrainer] = AbortableTorchTrainer
+    job: Job,
+    config: RunConfig,
+    tell: Tell,
+    trainer_class: type[AbortableTorchTrainer] = AbortableTorchTrainer,
+    keep: bool = False,
 ) -> Outcome | Evaluation:
     """Does the job on `config.num_workers` Ray workers, and tells of it; needs a `connection.connect`.
 
+    The workers are those that the call before has left, if any; with `keep` they are left to the next one.
     Ray Train starts workers again that die in training. Where some die before that, or its controller does, all of it
     is started again here.
 
@@ -183,15 +194,19 @@ def launch(
             "threads": config.cpus_per_worker or 1,
             "folder": this_folder(),
             "send": send,
+            "keep": keep,
             "root_logger": root_logger(),
         }
         tries_left = config.max_failures
         while True:
             written = len(read_failures(job.folder))
             trainer = make_trainer(job, config, settings, tries_left, trainer_class)
+            trainer.controller, trainer.clean = KEEPER.take_controller(), left_clean if keep else None
             forget_snapshot(job.folder)
             try:
                 outcome: Outcome | Evaluation = in_thread(trainer.fit, trainer.abort).return_value
+                if keep:
+                    KEEPER.keep_workers(trainer.controller, end_run)
                 return outcome
             except ray.train.WorkerGroupError as error:
                 raise describe_all(error.worker_failures) from None
