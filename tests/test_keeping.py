@@ -133,8 +133,8 @@ from test_keeping import Notes
 
 notes, data = Notes(Path.cwd()), MNISTDataModule("digits")
 
-def call(num_workers=2, seconds=1000):
-    trainer = Trainer(num_workers=num_workers, max_epochs=1, callbacks=[notes], keep_workers=seconds)
+def call(num_workers=2):
+    trainer = Trainer(num_workers=num_workers, max_epochs=1, callbacks=[notes], keep_workers=1000)
     trainer.test(SimpleModel(), data, verbose=False)
     return notes.take(), ray.is_initialized() and ray.get_runtime_context().get_node_id()
 
@@ -146,18 +146,16 @@ assert same == node
 os.environ["SEEN"] = "1"
 (other,), another = call(1)
 assert other != worker and another != node
-_, nothing = call(seconds=0)
-assert not nothing
-call()
 print(*(process.pid for process in psutil.Process().children(recursive=True)))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_ray_of_its_own_stays_too_and_ends_with_the_process(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     script = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, timeout=200
+        [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, timeout=500
     )
     assert script.returncode == 0
     processes = [int(process) for process in script.stdout.split()]

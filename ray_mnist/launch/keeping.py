@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -51,7 +52,8 @@ class Keeper:
 
     def own_ray(self, config: RunConfig, cpus: float) -> None:
         """Has Ray, which was started with `cpus` or joined for this call, end when it is given back."""
-        self.session, self.ray_for, self.cpus = session(), surroundings(config), cpus
+        self.session, self.cpus = session(), cpus
+        self.ray_for, self.workers_for = surroundings(config), needs(config)  # with what starting it has changed
 
     def keep_workers(self, controller: Any, end: Callable[[Any], None]) -> None:
         """Takes the controller that has the workers of this call's run, which ended well, and what ends them."""
@@ -74,13 +76,11 @@ class Keeper:
         until = time.monotonic() + seconds
         while not called.wait(max(0, min(LOOK_S, until - time.monotonic()))):
             with self.lock:
-                if not called.is_set() and (time.monotonic() >= until or self._somebody_waits()):
+                if called.is_set():
+                    return
+                ended = self.session != session()  # by the user's code
+                if ended or time.monotonic() >= until or ray_internals.somebody_waits():
                     self.give_back()
-
-    def _somebody_waits(self) -> bool:
-        if self.session != session():
-            return True
-        return ray_internals.somebody_waits()
 
     def _answers(self) -> bool:
         try:
@@ -90,9 +90,10 @@ class Keeper:
         return True
 
     def _end_workers(self) -> None:
-        if self.controller is not None and self.session == session():
-            self.end(self.controller)
-        self.controller = None
+        controller = self.take_controller()
+        if controller is not None and self.session == session():
+            with suppress(RayError, RuntimeError):  # such as the cluster's death
+                self.end(controller)
 
     def give_back(self) -> None:
         """Ends the workers, and Ray where that was started or joined here."""
