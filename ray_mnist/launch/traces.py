@@ -103,6 +103,7 @@ class Traces:
 
     def loaded(self) -> None:
         """Takes note of what loading the run's code did by itself: it would not happen again in this process."""
+        self.switches["filters"] = [*warnings.filters]
         self.imports_changed = (self.switches, self.environment) != (switches(), self._environment())
 
     def _environment(self) -> dict[str, str | None]:
@@ -141,6 +142,8 @@ class Traces:
     def _still_running(self) -> Iterator[str]:
         deadline = time.monotonic() + ENDING_S
         for thread in {*threading.enumerate()} - self.threads - {threading.current_thread()}:
+            if type(thread).__name__ == "_DummyThread":  # not Python's, and cannot be waited for
+                continue
             thread.join(max(0, deadline - time.monotonic()))
             if thread.is_alive():
                 yield thread.name
