@@ -96,6 +96,13 @@ def is_beyond_the_autoscaler(group: PlacementGroup) -> bool:
     return any(request.details.startswith(group.id.hex()) for request in infeasible)
 
 
+def somebody_waits() -> bool:
+    """Whether tasks, actors or placement groups wait for resources of the cluster, whoever's they are."""
+    status = GetClusterStatusReply.FromString(global_worker.gcs_client.get_cluster_status())  # type: ignore[attr-defined]
+    state = status.cluster_resource_state
+    return bool(state.pending_resource_requests or state.pending_gang_resource_requests)
+
+
 def pending_nodes(address: str) -> Iterator[str]:
     """What the autoscaler of the cluster at `address` waits for, or failed to launch; nothing where there is none.
 

@@ -6,22 +6,25 @@ tests/test_internals.py names what a new release moved.
 import socket
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 import ray
 from ray._private.state import state as global_state
 from ray._private.worker import global_worker
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.controller.state import FinishedState
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus
+from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
 from ray.util import get_current_placement_group
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -30,6 +33,7 @@ from ray_mnist.launch.exchange import Exchange
 from ray_mnist.ray_internals import end_workers, worker_name
 from ray_mnist.ray_scaling_internals import policies
 
+ANSWER_S = 10  # in which a worker that is well answers
 SNAPSHOT = CHECKPOINT_MANAGER_SNAPSHOT_FILENAME  # what Ray Train remembers of a run, in its folder
 
 
@@ -73,12 +77,54 @@ class WatchedGroup(WorkerGroupCallback):
                 worker_group_status.worker_statuses[rank].error = error
 
 
+@dataclass(frozen=True)
+class KeptWorkers(WorkerGroupState):
+    """Those of a run that ended well, with what they hold of the cluster, for the controller's next run."""
+
+    clean: Callable[[], bool]  # what each answers, in its process
+    answers: list[Any] = field(default_factory=list)
+
+    def shutdown(self) -> None:
+        """Leaves them; Ray's own ends them."""
+        for worker in self.workers:
+            worker.actor.shutdown.remote()  # which has Ray's callbacks there put an end to what they do
+        ray.kill(self.sync_actor)
+        self.answers.extend(worker.execute_async(self.clean) for worker in self.workers)
+        StartedWorkerGroup.kept = self
+
+    def serve(self) -> bool:
+        """Whether all of them live, and can do another run."""
+        try:
+            ray.get([worker.actor.get_metadata.remote() for worker in self.workers], timeout=ANSWER_S)
+            return all(ray.get(self.answers, timeout=ANSWER_S))
+        except RayError:
+            return False
+
+
 class StartedWorkerGroup(WorkerGroup):
-    """Takes the workers that `start_workers` has started, if they live."""
+    """Takes the workers that the run before has left, or those that `start_workers` has started, if they live."""
+
+    kept: ClassVar[KeptWorkers | None] = None
+    taken: list[Worker] | None = None
+
+    def keep(self, clean: Callable[[], bool]) -> None:
+        """Has a shutdown leave the workers to the next run, if `clean` is true in all of their processes."""
+        self._worker_group_state = KeptWorkers(**vars(self._worker_group_state), clean=clean)
+
+    def _create_placement_group(self, *arguments: Any) -> Any:
+        kept, StartedWorkerGroup.kept = self.kept, None
+        if kept is not None and kept.serve():
+            self.taken = kept.workers
+            return kept.placement_group_handle
+        if kept is not None:
+            super(KeptWorkers, kept).shutdown()
+        return super()._create_placement_group(*arguments)
 
     def _create_workers(
         self, num_workers: int, placement_group: Any, resources_per_worker: Any, *others: Any, **more: Any
     ) -> Any:
+        if self.taken:
+            return self._assign_worker_ranks(self.taken)
         try:
             actors = [ray.get_actor(worker_name(rank)) for rank in range(num_workers)]
             about: list[Any] = ray.get([actor.get_metadata.remote() for actor in actors])
@@ -91,8 +137,22 @@ class StartedWorkerGroup(WorkerGroup):
         return self._assign_worker_ranks(workers)
 
 
-class StartedController(TrainController):
-    """Ray Train's controller, of workers that may have been started already, and may be exchanged."""
+class LastingController(TrainController):
+    """Ray Train's controller, for one run after the other: its process imports torch, which takes seconds."""
+
+    clean: Callable[[], bool] | None = None
+
+    def __init__(self) -> None:
+        """There is no run yet."""
+
+    def begin(self, clean: Callable[[], bool] | None, **arguments: Any) -> None:
+        """Takes Ray's own arguments for the next run; its workers are kept with `clean`, see `StartedWorkerGroup`."""
+        self.clean = clean
+        super().__init__(**arguments)
+
+
+class StartedController(LastingController):
+    """A controller of workers that may have been started already, and may be exchanged."""
 
     worker_group_cls = StartedWorkerGroup
 
@@ -102,31 +162,42 @@ class StartedController(TrainController):
         group: Any = self._worker_group
         policy.follow(group.get_workers())
 
+    def _shutdown_worker_group(self) -> None:
+        if self.clean and isinstance(getattr(self.get_state(), "next_state", None), FinishedState):
+            group: Any = self.get_worker_group()
+            group.keep(self.clean)
+        super()._shutdown_worker_group()
+
+
+def end_run(controller: Any) -> None:
+    """Ends a controller and its workers at once, also where the cluster goes on.
+
+    The controller's own `abort` waits for workers that are starting. Their placement group outlives a controller
+    that is killed, and keeps them alive.
+    """
+    ray.kill(controller)
+    # The public table does not say who made a group.
+    for packed in global_state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(packed)
+        if group.creator_actor_id == controller._actor_id.binary():
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+    end_workers()  # which are in no placement group
+
 
 class AbortableTorchTrainer(TorchTrainer):
     """A TorchTrainer whose run can be ended from another thread; Ray's own answers Ctrl-C in the main thread only."""
 
-    controller_class: type[TrainController] = StartedController
-    controller: Any = None
+    controller_class: type[LastingController] = StartedController
+    controller: Any = None  # of this run; before it, one that an earlier run has left
+    clean: Callable[[], bool] | None = None  # see `LastingController`
     aborted = False
     exchange: Exchange  # of its workers
 
     def abort(self) -> None:
-        """Ends the controller and its workers at once, also where the cluster goes on.
-
-        The controller's own `abort` waits for workers that are starting. Their placement group outlives a controller
-        that is killed, and keeps them alive.
-        """
+        """Ends the run."""
         self.aborted = True
-        if self.controller is None:
-            return
-        ray.kill(self.controller)
-        # The public table does not say who made a group.
-        for packed in global_state._connect_and_get_accessor().get_placement_group_table():
-            group = PlacementGroupTableData.FromString(packed)
-            if group.creator_actor_id == self.controller._actor_id.binary():
-                remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
-        end_workers()  # which are in no placement group
+        if self.controller is not None:
+            end_run(self.controller)
 
     def controller_placement(self) -> Any:
         """On the node of this process."""
@@ -149,11 +220,13 @@ class AbortableTorchTrainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         arguments |= self.policies()
-        settings = {"env_vars": get_env_vars_to_propagate()}
-        actor: Any = ray.remote(num_cpus=0, scheduling_strategy=self.controller_placement(), runtime_env=settings)
-        self.controller = actor(self.controller_class).remote(**arguments)
+        if self.controller is None:
+            settings = {"env_vars": get_env_vars_to_propagate()}
+            actor: Any = ray.remote(num_cpus=0, scheduling_strategy=self.controller_placement(), runtime_env=settings)
+            self.controller = actor(self.controller_class).remote()
         if self.aborted:  # before there was one to end
             self.abort()
+        ray.get(self.controller.begin.remote(self.clean, **arguments))
         ray.get(self.controller.run.remote())
         return ray.get(self.controller.get_result.remote())
 
@@ -196,7 +269,7 @@ class TrialWorkerGroup(WorkerGroup):
         return super()._create_workers(num_workers, *arguments, **options)
 
 
-class TrialController(TrainController):
+class TrialController(LastingController):
     """Ray Train's controller, inside the trial's placement group."""
 
     worker_group_cls = TrialWorkerGroup

@@ -28,7 +28,8 @@ def train() -> None:
     config = parse(parser)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model, datamodule = instantiate(parser, config)
-    trainer = Trainer(config=plain(parser, config), **options_of(config), **trainer_arguments(parser, config))
+    arguments = options_of(config) | trainer_arguments(parser, config)
+    trainer = Trainer(config=plain(parser, config), keep_workers=0, **arguments)
     trainer.fit(model, datamodule)
     values = trainer.result.values
     accuracy = "none" if values["test_accuracy"] is None else f"{values['test_accuracy']:.4f}"

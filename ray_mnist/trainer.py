@@ -1,5 +1,6 @@
 """Trainer: the one line that users change. It picks where to launch."""
 
+import math
 import pickle
 import time
 import uuid
@@ -29,6 +30,8 @@ from ray_mnist.run.report import Result
 from ray_mnist.run.trust import refused
 from ray_mnist.worker import Job
 
+KEEP_WORKERS_S = 60
+
 
 class Trainer:
     """Lightning's Trainer with a choice of where to run: here, on a Ray cluster, or on a TPU host.
@@ -39,13 +42,19 @@ class Trainer:
     Args:
         config: the whole configuration to write into the run folder's `config.yaml`, for a caller that has it; by
             default it is put together from the arguments and the hyperparameters that model and data module saved.
+        keep_workers: seconds for which Ray's workers, and Ray, stay for the next call after one that went well.
         **arguments: the options of `RunConfig`, by name; every other argument is Lightning's own.
 
     Raises:
         RequestError: the options cannot mean anything.
     """
 
-    def __init__(self, *, config: dict[str, Any] | None = None, **arguments: Any) -> None:
+    def __init__(
+        self, *, config: dict[str, Any] | None = None, keep_workers: float = KEEP_WORKERS_S, **arguments: Any
+    ) -> None:
+        if isinstance(keep_workers, bool | str) or not 0 <= keep_workers < math.inf:
+            raise RequestError(f"keep_workers={keep_workers!r} is not possible: give seconds, or 0 to keep none.")
+        self.keep_workers = keep_workers
         arguments.setdefault("seed", global_seed())
         if arguments.get("max_epochs", 0) is None or (arguments.get("max_epochs") == -1 and ends_otherwise(arguments)):
             del arguments["max_epochs"]  # Lightning's ways to say: not given, and no limit
@@ -107,7 +116,7 @@ class Trainer:
         check_kind(model, data)
         job = self._job("fit", model, data, self._name(model, data), ckpt_path, weights_only)
         folder = job.folder
-        with console.quiet(), self._own(folder, model), prepare(job, self.config) as (where, launch):
+        with console.quiet(), self._own(folder, model), prepare(job, self.config, self.keep_workers) as (where, launch):
             saved_config = folder.read("config.yaml") if self.config.resume else None
             self._write_config(folder, model, data)
             console.say(f"{report.dataset_name(data, model)} · {report.describe_model(model)} · {where}")
@@ -300,7 +309,7 @@ class Trainer:
         check_kind(model, data)
         job = self._job(task, model, data, f".{task}-{uuid.uuid4().hex}", ckpt_path, weights_only, **more)
         try:
-            with console.quiet(), prepare(job, self.config) as (_, launch):
+            with console.quiet(), prepare(job, self.config, self.keep_workers) as (_, launch):
                 evaluation: Evaluation = launch(console.Display())
         finally:
             if job.folder.exists():

@@ -6,8 +6,8 @@ its rank in the environment as under torchrun. Only the two things that Ray's co
 
 import os
 import threading
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process, set_start_method
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,7 +26,7 @@ from ray_mnist.launch.connection import this_folder
 from ray_mnist.launch.failures import describe_all
 from ray_mnist.launch.output import root_logger
 from ray_mnist.launch.termination import on_sigterm
-from ray_mnist.run.events import Tell
+from ray_mnist.run.events import Event, Tell
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
 from ray_mnist.worker import Job
 
@@ -48,7 +48,7 @@ class GlooContext(launch.RayContext):
         dist.barrier()
 
 
-def on_gloo(job: Job, config: RunConfig) -> Iterator[tuple[str, Any]]:
+def on_gloo(job: Job, config: RunConfig, _: float) -> Iterator[tuple[str, Any]]:
     """In place of `select.on_ray`."""
     select.check_serializable_job(job)
     stop = processes.Event()
@@ -64,6 +64,7 @@ def run(job: Job, config: RunConfig, tell: Tell, stop: Any) -> Outcome | Evaluat
     """Does the job, without second tries; errors are those of `launch.ray.launch`."""
     num_workers, threads = config.num_workers, config.cpus_per_worker or 1
     settings = {"job": cloudpickle.dumps(job), "use_gpu": False, "threads": threads, "folder": this_folder()}
+    settings["keep"] = False
     packed = cloudpickle.dumps(settings | {"root_logger": root_logger()})
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
@@ -124,10 +125,7 @@ def work(packed: bytes, environment: dict[str, str], home: Connection, stop: Any
     os.environ.clear()
     os.environ.update(environment)
     launch.RayContext = GlooContext
-    config = cloudpickle.loads(packed) | {
-        "send": lambda events: home.send_bytes(cloudpickle.dumps((events, None, None))),
-        "wait_for_stop": partial(wait_for, stop),
-    }
+    config = cloudpickle.loads(packed) | {"send": PipeSender(home, stop)}
     outcome = error = None
     try:
         # With no workers for Ray to start.
@@ -142,9 +140,18 @@ def work(packed: bytes, environment: dict[str, str], home: Connection, stop: Any
     home.send_bytes(cloudpickle.dumps(([], outcome, error)))
 
 
-def wait_for(asked: Any, stop: threading.Event) -> None:
-    """In place of that in `launch.channel`."""
-    threading.Thread(target=lambda: asked.wait() and stop.set(), daemon=True).start()
+@dataclass
+class PipeSender:
+    """In place of `launch.channel.Sender`."""
+
+    home: Connection
+    stop: Any
+
+    def __call__(self, events: list[Event]) -> None:
+        self.home.send_bytes(cloudpickle.dumps((events, None, None)))
+
+    def call_on_stop(self, stop: Callable[[], None]) -> None:
+        threading.Thread(target=lambda: self.stop.wait() and stop(), daemon=True).start()
 
 
 def die_with_the_tests() -> None:

@@ -32,8 +32,13 @@ def send_ten(send: channel.Send, first: int) -> None:
 @pytest.mark.usefixtures("cluster")
 def test_all_that_workers_told_has_arrived_in_its_order_when_the_run_returns() -> None:
     told: list[Event] = []
+    stop = threading.Event()
     with over_ray(told.append) as send:
+        send.call_on_stop(stop.set)
         ray.get([send_ten.remote(send, first) for first in (0, 100)])
+        assert not stop.is_set()
+        ray.get(send.mailbox.stop.remote())
+        assert stop.wait(30)
     assert [event for event in told if event.row["epoch"] < 100] == [news(number) for number in range(10)]
     assert [event for event in told if event.row["epoch"] >= 100] == [news(number) for number in range(100, 110)]
 
@@ -53,7 +58,7 @@ def test_a_queue_that_died_or_is_full_harms_nobody(monkeypatch: pytest.MonkeyPat
             send([news(number)])
         go_on.set()
         wait_until(lambda: len(told) >= 3, 30, "those that had room to arrive")
-        ray.kill(send.args[0].actor)  # type: ignore[attr-defined]
+        ray.kill(send.mailbox)
         ray.get(send_ten.remote(send, 100))
     assert told == [news(number) for number in range(len(told))]
     assert 3 <= len(told) <= 4

@@ -318,6 +318,16 @@ def test_a_range_of_workers_is_what_is_written(written: str, tmp_path: Path) -> 
     assert RunConfig(num_workers="3:3").num_workers == RunConfig(num_workers=(3, 3)).num_workers == 3
 
 
+@pytest.mark.parametrize(
+    "wrong", [["--model=Nope"], ["--data", "nope.Data"], ["--lr", "x"], ["--model", "ConvModel", "--model.width", "3"]]
+)
+def test_nothing_is_started_for_classes_that_cannot_be_made(wrong: list[str]) -> None:
+    """Where they may well be, the run options tell what to start while they are imported."""
+    assert early.answer("", wrong) is None
+    for right in ([], ["--lr", "0.1"], ["--model=ConvModel"], ["--model", "pytorch_lightning.demos.Net", "--lr", "x"]):
+        assert early.answer("", right) is not None
+
+
 PRINTED = {
     "nothing": [],
     "run options": ["--num-workers", "2", "--use-gpu", "--name=x"],

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ray_mnist.errors import RequestError, Stopped, TrainingError
-from ray_mnist.launch.failures import Failures, describe_all, describe_start, is_bug, may_start_next_time
+from ray_mnist.launch.failures import Failures, cause_of, describe_all, describe_start, is_bug, may_start_next_time
 from ray_mnist.run.events import WorkersChanged
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.records import read_failures
@@ -213,7 +213,7 @@ def test_what_keeps_workers_from_starting_is_tried_again_if_that_may_help(
     error: Exception, said: str, again: bool
 ) -> None:
     assert said in str(describe_start(error))
-    assert may_start_next_time(getattr(error, "controller_failure", error)) is again
+    assert may_start_next_time(cause_of(error)) is again
 
 
 def test_a_machine_that_was_taken_away_with_notice_is_no_failure(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is used of Ray and Lightning beyond their public APIs is in one file each; what a new release moved is named."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import signal
@@ -85,6 +86,7 @@ def test_ray_still_has_what_is_imported_of_it(file: str) -> None:
 def test_ray_still_calls_what_is_overridden() -> None:
     """A method of ours that no class of Ray's has would never be called."""
     from ray_mnist import ray_scaling_internals, ray_train_internals
+    from ray_mnist.ray_internals import GetClusterStatusReply, RayTrainWorker
 
     files = (ray_train_internals, ray_scaling_internals)
     ours = {each for file in files for each in vars(file).values() if inspect.isclass(each)}
@@ -93,7 +95,7 @@ def test_ray_still_calls_what_is_overridden() -> None:
         for name in vars(each):
             if name.startswith("_") and not name.startswith("__"):
                 assert any(name in vars(base) for base in bases), f"Ray moved {name}, which {each.__name__} overrides"
-    for name in ("run", "get_result", "worker_group_cls"):
+    for name in ("run", "get_result", "get_state", "get_worker_group", "worker_group_cls"):
         assert hasattr(ray_train_internals.TrainController, name), f"Ray moved TrainController.{name}"
     for name in ("make_decision_for_running_worker_group", "before_controller_execute_resize_decision"):
         assert hasattr(ray_scaling_internals.ScalingPolicy, name), f"Ray moved ScalingPolicy.{name}"
@@ -105,6 +107,13 @@ def test_ray_still_calls_what_is_overridden() -> None:
     assert (config.elasticity_enabled, config._resources_per_worker_not_none) == (True, {"CPU": 1})
     for name in ("get_out_file_path", "get_err_file_path"):
         assert hasattr(ray_train_internals.global_worker, name), f"Ray moved global_worker.{name}"
+    held = {field.name for field in dataclasses.fields(ray_train_internals.WorkerGroupState)}
+    assert {"workers", "sync_actor", "placement_group_handle"} <= held
+    for name in ("execute", "get_metadata", "shutdown"):
+        assert hasattr(RayTrainWorker, name), f"Ray moved RayTrainWorker.{name}"
+    waiting = GetClusterStatusReply().cluster_resource_state
+    assert not waiting.pending_resource_requests
+    assert not waiting.pending_gang_resource_requests
     assert hasattr(ray_train_internals.global_state, "_connect_and_get_accessor")
     assert hasattr(ray_train_internals.PlacementGroupTableData(), "creator_actor_id")
     assert hasattr(ray_train_internals.ray.actor.ActorHandle, "_actor_id")

@@ -1,10 +1,10 @@
 """What a launch on Ray asks of the cluster, and gives its workers: seen without one."""
 
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
 from ray_mnist.checks.preflight import Cluster
 from ray_mnist.config import RunConfig
 from ray_mnist.launch import ray as on_ray
+from ray_mnist.launch.channel import Sender
 from ray_mnist.search.trial import bundles
 from ray_mnist.worker import Job
 
@@ -48,8 +49,7 @@ def test_a_worker_reserves_its_cpus(
         def abort(self) -> None:
             """Never called: nobody interrupts."""
 
-    monkeypatch.setattr(on_ray, "over_ray", nullcontext)
-    monkeypatch.setattr(on_ray, "stop_sign", partial(nullcontext, SimpleNamespace(set=SimpleNamespace(remote=None))))
+    monkeypatch.setattr(on_ray, "over_ray", lambda _: nullcontext(Sender(MagicMock())))
     config = on_ray.with_cpus(RunConfig(num_workers=2, **options), Cluster("h:1", NODES))
     on_ray.launch(job, config, print, FakeTrainer)  # type: ignore[arg-type]
     assert given["scaling_config"].resources_per_worker == expected

@@ -23,6 +23,7 @@ from conftest import wait_until
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.errors import RequestError, TrainingError
+from ray_mnist.launch.keeping import KEEPER
 from ray_mnist.ray_train_internals import StartedController
 from ray_mnist.run.folder import CHECKPOINT, RunFolder
 from ray_mnist.run.records import read_failures, read_metrics
@@ -203,6 +204,7 @@ def test_deaths_in_starting_and_of_the_controller_are_failures_like_any_other(cl
         kill_when("RayTrainWorker", lambda: len(read_failures(folder)) == 1)
         kill_when(StartedController.__name__, lambda: len(folder.checkpoints()) > 0)
 
+    KEEPER.give_back()  # the workers of the test before
     killer = threading.Thread(target=kill_three, daemon=True)
     killer.start()
     trainer = fit(tmp_path, "run", 2, checkpoint_every_n_steps=1, max_failures=3)

@@ -8,7 +8,10 @@ import re
 from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Literal
+
+from jsonargparse import Namespace
 
 from ray_mnist.cli.parser import DEFAULT_CLASSES, describe_class, expand, make_options, name_classes
 from ray_mnist.config import OPTIONS, RunConfig
@@ -55,7 +58,7 @@ def answer(description: str, arguments: Sequence[str]) -> RunConfig | None:
     """Ends the program with the help or the configuration; comes back where more than that is asked for.
 
     Returns:
-        The run options, unless a `--config` may say otherwise.
+        The run options, unless a `--config` may say otherwise, or model or data are none that there can be.
 
     Raises:
         RequestError: a run option is unknown or has a value that it cannot have.
@@ -79,8 +82,8 @@ def answer(description: str, arguments: Sequence[str]) -> RunConfig | None:
         return None
     config = RunConfig(**{name: options[name] for name in OPTIONS})
     if "--print_config" in arguments and not options.resume:
-        print_config(arguments)
-    return config
+        parse_ours(arguments)  # which prints it
+    return config if can_be_made(without("print_config", arguments)) else None
 
 
 def answer_version(module: str, arguments: Sequence[str]) -> None:
@@ -99,16 +102,30 @@ def without(options: str, arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def print_config(arguments: Sequence[str]) -> None:
-    """Ends the program with the configuration; comes back where classes are not ours or an argument is wrong."""
+def classes(arguments: Sequence[str]) -> dict[str, str]:
+    """The names of the model's and the data's class, as they were given."""
     named = [argument.partition("=") for argument in name_classes(arguments)[: len(DEFAULT_CLASSES)]]
-    classes = {option.removeprefix("--"): name.rpartition("ray_mnist.")[2] for option, _, name in named}
-    if not set(classes.values()) <= set(OURS):
-        return
+    return {option.removeprefix("--"): name for option, _, name in named}
+
+
+def can_be_made(arguments: Sequence[str]) -> bool:
+    """Whether nothing speaks against the classes, as far as can be seen without importing them."""
+    theirs = [name for name in classes(arguments).values() if name.removeprefix("ray_mnist.") not in OURS]
+    if not theirs:
+        return parse_ours(arguments) is not None
+    return all("." in name and find_spec(name.partition(".")[0]) for name in theirs)
+
+
+def parse_ours(arguments: Sequence[str]) -> Namespace | None:
+    """The whole configuration of our own classes; None where classes are not ours or an argument is wrong."""
+    ours = {part: name.removeprefix("ray_mnist.") for part, name in classes(arguments).items()}
+    if not set(ours.values()) <= set(OURS):
+        return None
     parser = make_options("train", "")
-    for part, name in classes.items():
+    for part, name in ours.items():
         parser.add_argument(f"--{part}.class_path", default=f"ray_mnist.{name}")
         parser.add_function_arguments(OURS[name], f"{part}.init_args")
     of_class = re.compile(r"--(model|data)\.(?!init_args\.)")
     with suppress(RequestError):
-        parser.parse_args([of_class.sub(r"--\1.init_args.", each) for each in without("model|data", arguments)])
+        return parser.parse_args([of_class.sub(r"--\1.init_args.", each) for each in without("model|data", arguments)])
+    return None

@@ -28,6 +28,8 @@ RAY_TRAIN_SETTINGS = {
     # How often Ray looks whether the workers are done or dead: 2 s would be added to every run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
+# Of a local Ray. No machine of it is about to be taken away, for which Ray Train would start a process to look.
+LOCAL_SETTINGS = RAY_TRAIN_SETTINGS | {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 _workers: list[Any] = []  # of the next run
@@ -38,14 +40,21 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
 
     Not started yet are the workers of trials, and those that have a GPU: Ray gives them theirs as it starts them.
     """
-    # More workers than cores run in turns: slower, and good enough to try a run out.
-    enough = max(os.cpu_count() or 1, config.max_workers * (config.cpus_per_worker or 1), cpus)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    settings = {name: os.environ.get(name, value) for name, value in RAY_TRAIN_SETTINGS.items()}
-    options: dict[str, Any] = {"num_cpus": enough, "include_dashboard": False, "runtime_env": {"env_vars": settings}}
+    settings = {name: os.environ.get(name, value) for name, value in LOCAL_SETTINGS.items()}
+    options: dict[str, Any] = {"num_cpus": enough_cpus(config, cpus), "include_dashboard": False}
+    options["runtime_env"] = {"env_vars": settings}
     ray.init(address="local", **options, **QUIET)
     if not cpus and not config.use_gpu:
         _workers[:] = ray_internals.start_workers(config.max_workers, partial(import_worker, package_in_use()))
+
+
+def enough_cpus(config: RunConfig, cpus: int = 0) -> int:
+    """How many logical CPUs a local Ray needs for the run, or for `cpus` of trials.
+
+    More workers than cores run in turns: slower, and good enough to try a run out.
+    """
+    return max(os.cpu_count() or 1, config.max_workers * (config.cpus_per_worker or 1), cpus)
 
 
 def import_worker(package: str) -> None:

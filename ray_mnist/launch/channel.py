@@ -8,13 +8,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing import Pipe
 from typing import Any
 
 import ray
-from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_mnist.run.events import Event, Printed, Tell
@@ -26,77 +25,78 @@ BATCH_S = 0.2
 PATIENCE_S = 10  # with a queue that does not answer
 
 
-@contextmanager
-def over_ray(tell: Tell) -> Iterator[Send]:
-    """What sends events from anywhere in the cluster to `tell` in this process; at the end all that were sent are told.
+class Mailbox:
+    """The actor between a run's workers and the process that started it: events go home, the word to stop goes out."""
 
-    They are dropped where the queue in between is full, dead or out of reach.
-    """
+    def __init__(self, room: int) -> None:
+        self.events: asyncio.Queue[list[Event] | None] = asyncio.Queue(room)
+        self.stopped = asyncio.Event()
+
+    async def put(self, events: list[Event]) -> None:
+        """Takes a batch; raises QueueFull where there is no room."""
+        self.events.put_nowait(events)
+
+    async def put_last(self) -> None:
+        """Has `get` return None after all batches, for which there need be no room."""
+        await self.events.put(None)
+
+    async def get(self) -> list[Event] | None:
+        """The next batch, once there is one; None after the last."""
+        return await self.events.get()
+
+    async def stop(self) -> None:
+        """Answers all who wait for it."""
+        self.stopped.set()
+
+    async def wait_for_stop(self) -> None:
+        """Returns once there was a `stop`."""
+        await self.stopped.wait()
+
+
+@dataclass(frozen=True)
+class Sender:
+    """A worker's end of `mailbox`, which may be full, dead or out of reach: no call fails, or waits for long."""
+
+    mailbox: Any
+
+    def __call__(self, events: list[Event]) -> None:
+        """Sends events, or drops them."""
+        with suppress(Exception):
+            ray.get(self.mailbox.put.remote(events), timeout=PATIENCE_S)
+
+    def call_on_stop(self, stop: Callable[[], None]) -> None:
+        """Has a thread call `stop` once the run is to stop."""
+
+        def wait() -> None:
+            with suppress(Exception):
+                ray.get(self.mailbox.wait_for_stop.remote())
+                stop()
+
+        threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def over_ray(tell: Tell) -> Iterator[Sender]:
+    """What sends events from anywhere in the cluster to `tell` in this process; all sent are told at the end."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    queue = Queue(QUEUED, {"num_cpus": 0, "scheduling_strategy": here})
+    mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote(QUEUED)
 
     def deliver() -> None:
-        with suppress(Exception):  # such as the queue's death
-            while (events := queue.get()) is not None:
+        with suppress(Exception):  # such as the actor's death
+            while (events := ray.get(mailbox.get.remote())) is not None:
                 for event in events:
                     tell(event)
 
     thread = threading.Thread(target=deliver, daemon=True)
     thread.start()
     try:
-        yield partial(put, queue)
+        yield Sender(mailbox)
     finally:
         with suppress(Exception):
-            actor: Any = queue.actor
-            actor.put.remote(None)  # after all that was sent
+            mailbox.put_last.remote()
             thread.join(PATIENCE_S)
-            queue.shutdown(force=True)  # which ends the thread, whatever it waits for
+            ray.kill(mailbox)  # which ends the thread, whatever it waits for
             thread.join(PATIENCE_S)
-
-
-def put(queue: Queue, events: list[Event]) -> None:
-    """Puts events into the queue if it is there and has room."""
-    actor: Any = queue.actor  # the queue's own methods have no time-out where it does not answer
-    with suppress(Exception):
-        ray.get(actor.put_nowait.remote(events), timeout=PATIENCE_S)
-
-
-class StopSign:
-    """An actor that worker processes ask, and which answers once the process that started them has set it."""
-
-    def __init__(self) -> None:
-        self.is_set = asyncio.Event()
-
-    async def set(self) -> None:
-        """Answers all who wait."""
-        self.is_set.set()
-
-    async def wait(self) -> None:
-        """Returns once it is set."""
-        await self.is_set.wait()
-
-
-@contextmanager
-def stop_sign() -> Iterator[Any]:
-    """A StopSign on this node, for the time of the `with`."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    sign: Any = ray.remote(StopSign).options(num_cpus=0, scheduling_strategy=here).remote()
-    try:
-        yield sign
-    finally:
-        with suppress(Exception):  # such as the cluster's death
-            ray.kill(sign)
-
-
-def wait_for(sign: Any, stop: threading.Event) -> None:
-    """Sets `stop` once `sign` is set, if it is there; from a thread of its own."""
-
-    def wait() -> None:
-        with suppress(Exception):
-            ray.get(sign.wait.remote())
-            stop.set()
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Connects to a Ray cluster, and takes the working directory along."""
 
 import logging
+import math
 import os
 import socket
 import sys
@@ -17,28 +18,44 @@ from ray_mnist.cli import console
 from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError, one_line
 from ray_mnist.launch import ahead
+from ray_mnist.launch.keeping import KEEPER
 
 if TYPE_CHECKING:
     from ray_mnist.worker import Job  # which imports torch
 
 
 @contextmanager
-def connect(config: RunConfig, job: "Job", cpus: int = 0) -> Iterator[None]:
+def connect(config: RunConfig, job: "Job", cpus: int = 0, keep_s: float = 0) -> Iterator[None]:
     """A Ray cluster to train on: the one that this process already has, one to join, or a new local one.
 
-    Whatever was started or joined here is left again; a connection that was there stays as it was. Other machines get
-    a copy of the working directory where the job's code is in it. A new one has `cpus` logical CPUs, if not more.
+    Whatever was started or joined here is left again, `keep_s` seconds after a run that went well if there is no other
+    call; a connection that was there stays as it was. Other machines get a copy of the working directory where the
+    job's code is in it, and are left at once: the next call may have another one. A new cluster has `cpus` logical
+    CPUs, if not more.
     """
-    if ray.is_initialized():
+    KEEPER.take_up(config, ahead.enough_cpus(config, cpus))
+    if KEEPER.ray_for is not None and needs_folder(job) and on_other_machines():
+        KEEPER.give_back()  # a folder can be sent only as one connects
+    if not ray.is_initialized() and start_or_join(config, job, cpus):
+        keep_s = 0
+    try:
         yield
-        return
+    except BaseException:
+        KEEPER.give_back()
+        raise
+    KEEPER.wait(keep_s)
+
+
+def start_or_join(config: RunConfig, job: "Job", cpus: int) -> bool:
+    """Has this process in a Ray cluster; whether that got a copy of the working directory."""
+    copied = False
     address = address_to_join(config.address)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if address:
             ray.init(address=address, **ahead.QUIET)
             if needs_folder(job) and on_other_machines():
                 ray.shutdown()  # a folder can be sent only as one connects
+                copied = True
                 with environment({"RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "1"}):  # data is often what git ignores
                     ray.init(address=address, runtime_env=folder_to_send(config), **ahead.QUIET)
         else:
@@ -51,10 +68,8 @@ def connect(config: RunConfig, job: "Job", cpus: int = 0) -> Iterator[None]:
             ) from error
         where = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
         raise RequestError(f"{where}: {one_line(error)}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    KEEPER.own_ray(config, math.inf if address else ahead.enough_cpus(config, cpus))
+    return copied
 
 
 def start_if_local(config: RunConfig) -> None:

@@ -152,11 +152,16 @@ def may_start_next_time(error: Exception) -> bool:
     return not isinstance(error, PYTHONS) and NO_ROOM.isdisjoint(names(error))
 
 
+def cause_of(error: Exception) -> Exception:
+    """What Ray Train's controller failed with, where that is what the error is about."""
+    return error.controller_failure if isinstance(error, ray.train.ControllerError) else error
+
+
 def describe_start(error: Exception) -> TrainingError:
     """The failure of a whole start: what Ray Train's `fit` raises, or what became of its controller."""
     if isinstance(error, RayActorError):
         return TrainingError(f"the run's controller {DIED}", str(error))
-    cause = error.controller_failure if isinstance(error, ray.train.ControllerError) else error
+    cause = cause_of(error)
     if isinstance(cause, RayActorError) or NOT_STARTED in names(cause):
         return TrainingError(f"a worker that was starting {DIED}", str(error))
     reason = cause.cause if isinstance(cause, RayTaskError) else cause  # without the traceback, which is its message

@@ -5,7 +5,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,15 +27,24 @@ from ray_mnist.distributed.strategy import FollowsFreezing, StaysOnDevice, exten
 from ray_mnist.errors import RequestError, Stopped, TrainingError
 from ray_mnist.launch import pause
 from ray_mnist.launch.ahead import RAY_TRAIN_SETTINGS
-from ray_mnist.launch.channel import over_ray, stop_sign, wait_for
+from ray_mnist.launch.channel import over_ray
 from ray_mnist.launch.connection import environment, go_to, this_folder
 from ray_mnist.launch.exchange import LOOK_S, PLACE_S, Exchange
-from ray_mnist.launch.failures import Failures, describe_all, describe_start, may_start_next_time, write_down
+from ray_mnist.launch.failures import (
+    Failures,
+    cause_of,
+    describe_all,
+    describe_start,
+    may_start_next_time,
+    write_down,
+)
+from ray_mnist.launch.keeping import KEEPER
 from ray_mnist.launch.output import root_logger, worker_output
 from ray_mnist.launch.stalls import StallWatch
 from ray_mnist.launch.termination import on_sigterm
+from ray_mnist.launch.traces import TRACES, left_clean
 from ray_mnist.lightning_package import call_with, package_in_use
-from ray_mnist.ray_train_internals import SNAPSHOT, AbortableTorchTrainer, WatchedGroup, output_files
+from ray_mnist.ray_train_internals import SNAPSHOT, AbortableTorchTrainer, WatchedGroup, end_run, output_files
 from ray_mnist.run.events import Tell, WorkersFailed
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, Row
@@ -135,14 +144,18 @@ def train(config: dict[str, Any]) -> Outcome | Evaluation | None:
     if not config["use_gpu"]:
         # An optimizer of torch's for CUDA looks for GPUs at each step, and where it finds no driver does so for long.
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    if config["keep"]:
+        TRACES.begin()
     rank = ray.train.get_context().get_world_rank()
     with worker_output(config["send"], rank, output_files(), config["root_logger"]) as tell:
         try:
             job: Job = cloudpickle.loads(config["job"])  # here, since modules may print as they are imported
+            if config["keep"]:
+                TRACES.loaded()
             context = RayContext(job, config["use_gpu"], tell)
             pause.follow(context.stop)
-            if rank == 0:
-                config["wait_for_stop"](context.stop)
+            if rank == 0 and job.task == "fit":
+                config["send"].call_on_stop(context.stop.set)
             outcome = run_and_collect(job, context)
             return outcome if rank == 0 else None
         except Exception as error:
@@ -162,10 +175,15 @@ def unused_parameters(model: pl.LightningModule) -> RequestError:
 
 
 def launch(
-    job: Job, config: RunConfig, tell: Tell, trainer_class: type[AbortableTorchTrainer] = AbortableTorchTrainer
+    job: Job,
+    config: RunConfig,
+    tell: Tell,
+    trainer_class: type[AbortableTorchTrainer] = AbortableTorchTrainer,
+    keep: bool = False,
 ) -> Outcome | Evaluation:
     """Does the job on as many Ray workers as the configuration says, and tells of it; needs a `connection.connect`.
 
+    The workers are those that the call before has left, if any; with `keep` they are left to the next one.
     Ray Train starts workers again that die in training. Where some die before that, or its controller does, all of it
     is started again here.
 
@@ -174,31 +192,36 @@ def launch(
         TrainingError: training failed, more often than `config.max_failures` allows.
         Stopped: SIGTERM came.
     """
-    with environment(ray_train_settings(config)), over_ray(tell) as send, stop_sign() as sign, ExitStack() as held:
-        if job.task == "fit":
-            held.enter_context(on_sigterm(sign.set.remote))
+    with (
+        environment(ray_train_settings(config)),
+        over_ray(tell) as send,
+        on_sigterm(send.mailbox.stop.remote) if job.task == "fit" else nullcontext(),
+    ):
         settings = {
             "job": cloudpickle.dumps(job),
             "use_gpu": config.use_gpu,
             "threads": config.cpus_per_worker or 1,
             "folder": this_folder(),
             "send": send,
-            "wait_for_stop": partial(wait_for, sign),
+            "keep": keep,
             "root_logger": root_logger(),
         }
         tries_left = config.max_failures
         while True:
             written = len(read_failures(job.folder))
             trainer = make_trainer(job, config, settings, tries_left, trainer_class)
+            trainer.controller, trainer.clean = KEEPER.take_controller(), left_clean if keep else None
             forget_snapshot(job.folder)
             try:
                 outcome: Outcome | Evaluation = in_thread(trainer.fit, trainer.abort).return_value
+                if keep:
+                    KEEPER.keep_workers(trainer.controller, end_run)
                 return outcome
             except ray.train.WorkerGroupError as error:
                 raise describe_all(error.worker_failures) from None
             except (ray.train.TrainingFailedError, RayError) as error:
                 trainer.abort()  # the controller may have died
-                failure = error.controller_failure if isinstance(error, ray.train.ControllerError) else error
+                failure = cause_of(error)
                 if isinstance(failure, RequestError | TrainingError | Stopped):
                     raise failure from None
                 tries_left -= max(0, len(read_failures(job.folder)) - written)

@@ -19,8 +19,10 @@ Prepared = Iterator[tuple[str, Launch]]
 
 
 @contextmanager
-def prepare(job: Job, config: RunConfig) -> Prepared:
+def prepare(job: Job, config: RunConfig, keep_s: float = 0) -> Prepared:
     """Checks that the run can start where it is to run; gives the words for where, and the call that runs.
+
+    Ray's workers stay for the next call `keep_s` seconds.
 
     What takes no time is checked first; then the data, and last the cluster, which may be minutes in starting.
     """
@@ -30,7 +32,7 @@ def prepare(job: Job, config: RunConfig) -> Prepared:
     if config.tpu_cores:
         yield from on_tpu(job, config)
     elif config.num_workers:
-        yield from on_ray(job, config)
+        yield from on_ray(job, config, keep_s)
     else:
         yield from here(job, config)
 
@@ -74,9 +76,10 @@ def here(job: Job, config: RunConfig) -> Prepared:
     yield f"this process, on {'GPU' if config.use_gpu else 'CPU'}", launch
 
 
-def on_ray(job: Job, config: RunConfig) -> Prepared:
-    """On workers that Ray Train starts."""
+def on_ray(job: Job, config: RunConfig, keep_s: float) -> Prepared:
+    """On workers that Ray Train starts, or those of the call before."""
     from ray_mnist.launch import connection, ray
+    from ray_mnist.launch.keeping import KEEPER
 
     check_serializable_job(job)
     if isinstance(config.num_workers, tuple) and not job.lightning.get("use_distributed_sampler", True):
@@ -85,14 +88,18 @@ def on_ray(job: Job, config: RunConfig) -> Prepared:
             "themselves would be shared out anew with each change, give one number."
         )
     check_data(job, config)
-    with connection.connect(config, job):
-        config = ray.with_cpus(config, preflight.Cluster.current())
-        cluster = preflight.check_resources(
-            config.min_workers, ray.bundle(config), preflight.WAIT_FOR_NODES_S, console.say
-        )
+    with connection.connect(config, job, keep_s=keep_s):
+        cluster = preflight.Cluster.current()
+        placed = ray.with_cpus(config, cluster)
+        if KEEPER.controller is None:
+            cluster = preflight.check_resources(
+                config.min_workers, ray.bundle(placed), preflight.WAIT_FOR_NODES_S, console.say
+            )
         preflight.check_shared_storage(job.folder, cluster)
         where = f"{workers(config)} on {'GPU' if config.use_gpu else 'CPU'}, Ray {cluster}"
-        yield where, lambda tell: ray.launch(job, config, tell)
+        # Kept workers have room that an elastic run would wait for.
+        keep = keep_s > 0 and ray.least(config) is None
+        yield where, lambda tell: ray.launch(job, placed, tell, keep=keep)
 
 
 def workers(config: RunConfig) -> str:
