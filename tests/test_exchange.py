@@ -109,6 +109,7 @@ def test_workers_make_room_once_all_know_and_have_checkpointed(
 def test_a_node_that_will_be_taken_away_is_left_in_time(exchange: Exchange, told: list[str], tmp_path: Path) -> None:
     group = started(exchange, "a", "b", "c")
     assert not exchange.is_ready(None, {"x": 0})
+    assert not exchange.is_ready(2, {})  # one has died, which its worker's failure will tell
     assert group.questions == []
     assert not exchange.is_ready(None, {"b": int((time.time() + 15.3) * 1000)})
     for _ in range(2):
