@@ -18,6 +18,7 @@ from ray_mnist import ray_scaling_internals as scaling
 from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
 from ray_mnist.errors import RequestError, TrainingError
 from ray_mnist.launch import pause
+from ray_mnist.launch import ray as on_ray
 from ray_mnist.launch.exchange import ASK_S, Exchange, Member
 from ray_mnist.run.events import Event, WorkersChanged
 from ray_mnist.run.folder import RunFolder
@@ -176,6 +177,16 @@ def test_a_training_that_is_to_make_room_waits_and_one_that_is_to_end_does_not()
     threading.Thread(target=pause.wait_if_asked, daemon=True).start()
     assert pause.HERE[0].reached.wait(60)
     assert pause.begin()
+
+
+def test_a_training_that_is_over_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(config: dict[str, Any]) -> None:
+        pause.follow(threading.Event())
+        assert pause.announce()
+
+    monkeypatch.setattr(on_ray, "train", train)
+    on_ray.train_function({})
+    assert not pause.announce()
 
 
 # What Ray's controller asks
