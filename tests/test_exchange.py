@@ -18,6 +18,7 @@ from ray_mnist import ray_scaling_internals as scaling
 from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
 from ray_mnist.errors import RequestError, TrainingError
 from ray_mnist.launch import pause
+from ray_mnist.launch import ray as on_ray
 from ray_mnist.launch.exchange import ASK_S, Exchange, Member
 from ray_mnist.run.events import Event, WorkersChanged
 from ray_mnist.run.folder import RunFolder
@@ -109,6 +110,7 @@ def test_workers_make_room_once_all_know_and_have_checkpointed(
 def test_a_node_that_will_be_taken_away_is_left_in_time(exchange: Exchange, told: list[str], tmp_path: Path) -> None:
     group = started(exchange, "a", "b", "c")
     assert not exchange.is_ready(None, {"x": 0})
+    assert not exchange.is_ready(2, {})  # one has died, which its worker's failure will tell
     assert group.questions == []
     assert not exchange.is_ready(None, {"b": int((time.time() + 15.3) * 1000)})
     for _ in range(2):
@@ -175,6 +177,16 @@ def test_a_training_that_is_to_make_room_waits_and_one_that_is_to_end_does_not()
     threading.Thread(target=pause.wait_if_asked, daemon=True).start()
     assert pause.HERE[0].reached.wait(60)
     assert pause.begin()
+
+
+def test_a_training_that_is_over_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(config: dict[str, Any]) -> None:
+        pause.follow(threading.Event())
+        assert pause.announce()
+
+    monkeypatch.setattr(on_ray, "train", train)
+    on_ray.train_function({})
+    assert not pause.announce()
 
 
 # What Ray's controller asks

@@ -135,6 +135,8 @@ def train_function(config: dict[str, Any]) -> Outcome | Evaluation | None:
     except Stopped:
         pause.wait_if_asked()
         raise
+    finally:
+        pause.HERE.clear()  # this process may train again
 
 
 def train(config: dict[str, Any]) -> Outcome | Evaluation | None:
