@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ray_mnist"
 PAGE = (ROOT / "ARCHITECTURE.md").read_text()
 # From what imports to what is imported, in groups that are folders or files of the package.
-COMMANDS = ["train", "evaluate", "export", "runs", "tune", "doctor"]
+COMMANDS = ["train", "evaluate", "predict", "export", "runs", "tune", "doctor"]
 DOWNWARDS = [[*COMMANDS, "search"], ["trainer"], ["launch"], ["worker"], ["data", "models"]]
 
 

@@ -341,7 +341,7 @@ def test_what_is_no_run_is_one_sentence(
 # All of them
 
 
-@pytest.mark.parametrize("command", ["evaluate", "export", "runs"])
+@pytest.mark.parametrize("command", ["evaluate", "predict", "export", "runs"])
 def test_the_help_does_not_wait_for_torch(command: str) -> None:
     program = (
         f"import runpy, sys\ntry: runpy.run_module('ray_mnist.{command}', run_name='__main__', alter_sys=True)\n"
