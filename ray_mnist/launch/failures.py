@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -89,7 +90,7 @@ def in_time(write: Callable[[], None]) -> None:
 def write_down(folder: RunFolder, failures: list[str], again: bool) -> str:
     """Adds a line to the run folder's list of failures; returns it in words."""
     then = f"starting again, once all workers have room (waiting up to {WAIT_FOR_NODES_S} s)" if again else "giving up"
-    failure = {"workers": failures, "then": then}
+    failure = {"time": time.time(), "workers": failures, "then": then}
     in_time(lambda: add_line(folder, json.dumps(failure)))
     return one_failure(failure)
 
