@@ -35,7 +35,7 @@ def evaluate() -> list[dict[str, float]]:
         seed=run.config["seed"],
         logger=False,
     )
-    checkpoint = run.checkpoint
+    checkpoint = run.folder.location(run.checkpoint)
     try:
         metrics = trainer.test(model, datamodule=data, ckpt_path=checkpoint, verbose=False)
     except RuntimeError as error:
@@ -44,7 +44,7 @@ def evaluate() -> list[dict[str, float]]:
         raise misfit(checkpoint, error) from error
     for loader in metrics:
         found = "  ".join(f"{name} {value:.4f}" for name, value in loader.items())
-        console.say(f"{found} on {dataset_name({'datamodule': data}, model)}; checkpoint {checkpoint}")
+        console.say(f"{found} on {dataset_name({'datamodule': data}, model)}; {run.folder}/{run.checkpoint}")
     return metrics
 
 

@@ -51,7 +51,7 @@ def export() -> None:
         raise RequestError(f"{out} cannot be written: {one_line(error)}") from error
     finally:
         aside.unlink(missing_ok=True)
-    console.say(f"{out} gives what {run.checkpoint} gives, to {difference:.1g}, on {count:,} {what}")
+    console.say(f"{out} gives what {run.folder}/{run.checkpoint} gives, to {difference:.1g}, on {count:,} {what}")
 
 
 def batches_of(model: Any, data: Any) -> tuple[Iterator[Any], str]:

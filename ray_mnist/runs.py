@@ -56,7 +56,7 @@ def listing(place: str) -> Lines:
     found = [folder for folder in sorted(folders, key=lambda folder: folder.name) if folder.has("config.yaml")]
     if not found:
         raise RequestError(f"There are no runs in {place}: name the folder that the run folders are in.")
-    yield ["run", "outcome", *(name.replace("_", " ") for name in COLUMNS)]
+    yield ["run", "outcome", *(name.removesuffix(".total").replace("_", " ") for name in COLUMNS)]
     for folder in found:
         values = flat(SavedRun(folder).result)
         yield [folder.name, outcome(folder), *(shown(values.get(name)) for name in COLUMNS)]

@@ -81,9 +81,8 @@ def test_a_run_is_tested_again_to_the_last_digit(
     assert evaluate.evaluate() == [{key: before[key] for key in ("test_loss", "test_accuracy")}]
     status, out, err = run(evaluate.evaluate, storage / name)
     assert (status, err) == (0, "")
-    checkpoint = storage / name / before["best_checkpoint"] / CHECKPOINT
     found = f"test_loss {before['test_loss']:.4f}  test_accuracy {before['test_accuracy']:.4f}"
-    assert out == f"{found} on digits; checkpoint {checkpoint}\n"
+    assert out == f"{found} on digits; {storage / name / before['best_checkpoint']}\n"
     assert not [path for path in storage.iterdir() if path.name not in ("shell", "python")]
 
 

@@ -53,7 +53,7 @@ class SavedRun:
 
     @property
     def checkpoint(self) -> str:
-        """The path or URI of the best checkpoint, before the run's end of the newest.
+        """The name of the best checkpoint, before the run's end of the newest.
 
         Raises:
             RequestError: there is none.
@@ -61,7 +61,7 @@ class SavedRun:
         name = self.result.get("best_checkpoint") or next(iter(self.folder.checkpoints()), None)
         if name is None or not self.folder.has(f"{name}/{CHECKPOINT}"):
             raise RequestError(f"There is no checkpoint in {self.folder}: its run has not come so far, or was a trial.")
-        return self.folder.location(name)
+        return str(name)
 
 
 def open_run(parser: Parser) -> "tuple[Namespace, SavedRun]":
@@ -111,7 +111,7 @@ def load(run: SavedRun, model: "LightningModule") -> None:
 
     from ray_mnist.run.trust import refused
 
-    location = run.checkpoint
+    location = run.folder.location(run.checkpoint)
     with local_file(location) as path:
         assert path
         try:
