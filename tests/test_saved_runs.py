@@ -96,6 +96,7 @@ def test_two_workers_find_what_one_finds(storage: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_two_workers_on_ray_find_what_one_finds(storage: Path, command: Any) -> None:
     done = command(str(storage / "shell"), "--num-workers", "2", module="evaluate")
     assert (done.returncode, done.stderr) == (0, "")
@@ -168,6 +169,15 @@ def test_a_run_that_names_no_data_needs_it_named(storage: Path, run: Any, tmp_pa
     status, out, _ = run(evaluate.evaluate, tmp_path / "run", "--data", "MNISTDataModule", "--dataset", "digits")
     assert status == 0
     assert f"test_accuracy {result(storage / 'shell')['test_accuracy']:.4f} on digits" in out
+
+
+def test_a_model_of_the_script_that_was_run_needs_its_module(storage: Path, run: Any, tmp_path: Path) -> None:
+    shutil.copytree(storage / "shell", tmp_path / "run")
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    config["model"]["class_path"] = "__main__.Net"
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config))
+    assert "give --model SCRIPT.Net" in refused(run(evaluate.evaluate, tmp_path / "run"))
+    assert run(evaluate.evaluate, tmp_path / "run", "--model", "SimpleModel")[0] == 0
 
 
 def test_a_run_that_has_not_ended_has_its_newest_checkpoint_tested(storage: Path, run: Any, tmp_path: Path) -> None:

@@ -93,6 +93,10 @@ def build(parser: Parser, run: SavedRun) -> "tuple[LightningModule, LightningDat
     parts = [part for part in BASES if part in run.config and f"--{part}" not in given]
     if "model" not in parts and "--model" not in given:
         raise RequestError(f"The config.yaml of {run.folder} names no model: give --model CLASS.")
+    for part in parts:
+        if (name := run.config[part]["class_path"]).startswith("__main__."):
+            here = name.replace("__main__", "SCRIPT")
+            raise RequestError(f"{name} was in the script of the run {run.folder}: give --{part} {here}.")
     saved = [f"--{part}={json.dumps(run.config[part])}" for part in parts]
     add_classes(parser)
     config = parser.parse_args(name_classes([*saved, *arguments]))
