@@ -38,8 +38,12 @@ def evaluate() -> list[dict[str, float]]:
     checkpoint = run.folder.location(run.checkpoint)
     try:
         metrics = trainer.test(model, datamodule=data, ckpt_path=checkpoint, verbose=False)
-    except RuntimeError as error:
-        if "state_dict" not in str(error):
+    except (EOFError, RuntimeError) as error:
+        if (
+            not isinstance(error, EOFError)
+            and "state_dict" not in str(error)
+            and "PytorchStreamReader" not in str(error)
+        ):
             raise
         raise misfit(checkpoint, error) from error
     for loader in metrics:

@@ -171,6 +171,18 @@ def test_a_run_that_names_no_data_needs_it_named(storage: Path, run: Any, tmp_pa
     assert f"test_accuracy {result(storage / 'shell')['test_accuracy']:.4f} on digits" in out
 
 
+@pytest.mark.parametrize("keep", [0, -100])
+@pytest.mark.parametrize("command", [evaluate.evaluate, export.export])
+def test_a_checkpoint_that_is_cut_off_is_one_sentence(
+    command: Any, keep: int, storage: Path, run: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(storage / "shell", tmp_path / "run")
+    for file in (tmp_path / "run").glob(f"*/{CHECKPOINT}"):
+        file.write_bytes(file.read_bytes()[:keep])
+    more = [tmp_path / "out", "--format", "torch-export"] if command is export.export else []
+    assert "cannot be loaded into the model" in refused(run(command, tmp_path / "run", *more))
+
+
 def test_a_model_of_the_script_that_was_run_needs_its_module(storage: Path, run: Any, tmp_path: Path) -> None:
     shutil.copytree(storage / "shell", tmp_path / "run")
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())

@@ -125,12 +125,12 @@ def load(run: SavedRun, model: "LightningModule") -> None:
             model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
         except pickle.UnpicklingError as error:
             raise refused(location) from error
-        except RuntimeError as error:
+        except (EOFError, RuntimeError) as error:
             raise misfit(location, error) from error
     model.eval()
 
 
-def misfit(location: str, error: RuntimeError) -> RequestError:
+def misfit(location: str, error: Exception) -> RequestError:
     """What to say of a checkpoint that the model does not load."""
     return RequestError(f"The weights in {location} cannot be loaded into the model: {one_line(error)}")
 
