@@ -6,7 +6,7 @@ import sys
 from ray_mnist.cli import console
 from ray_mnist.cli.parser import Parser, versions
 
-COMMANDS = ("train", "tune", "doctor")
+COMMANDS = ("train", "evaluate", "predict", "export", "runs", "tune", "doctor")
 
 
 def run() -> None:
@@ -14,7 +14,7 @@ def run() -> None:
     parser = Parser(
         prog="ray-mnist",
         version=versions(),
-        description="Train a model, search for the best one, or check a cluster; each has its own --help.",
+        description="Train a model and use it, search for the best one, or check a cluster; each has its own --help.",
     )
     parser.add_argument("command", choices=COMMANDS)
     command = parser.parse_args(sys.argv[1:2]).command

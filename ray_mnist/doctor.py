@@ -3,17 +3,13 @@
 import sys
 
 from ray_mnist.cli import console
-from ray_mnist.cli.parser import Parser, versions
+from ray_mnist.cli.parser import Parser, make_command
 from ray_mnist.config import RunConfig
 
 
 def make_parser() -> Parser:
     """A file, or what names a running cluster."""
-    parser = Parser(
-        prog="python -m ray_mnist.doctor",
-        version=versions(),
-        description="Check a cluster file before `ray up`, or, without a file, a running cluster.",
-    )
+    parser = make_command("doctor", "Check a cluster file before `ray up`, or, without a file, a running cluster.")
     parser.add_argument("file", type=str | None, nargs="?", help="cluster file, such as cluster/gpu.yaml")
     parser.add_argument("--address", type=str | None, help="running cluster (default: the one this machine is part of)")
     parser.add_argument(

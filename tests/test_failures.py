@@ -1,8 +1,10 @@
 """What is tried again: everything but what is known to be the user's own."""
 
 import errno
+import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,11 +171,13 @@ def test_of_several_failures_the_one_that_caused_the_others_is_named() -> None:
 
 def test_a_failure_is_written_down_and_only_a_bug_ends_the_run(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path), "run")
-    failures = Failures(folder, max_failures=1, send=list)
+    failures, before = Failures(folder, max_failures=1, send=list), time.time()
     failures.after_exception(None, {0: raised(RuntimeError(ECC))})
     with pytest.raises(TrainingError, match=r"worker 1: KeyError: 'batch'"):
         failures.after_exception(None, {1: error_of(BUGS["key"])})
     first, second = read_failures(folder)
+    times = [json.loads(line)["time"] for line in (tmp_path / "run/failures.jsonl").read_text().splitlines()]
+    assert before <= times[0] <= times[1] <= time.time()
     assert "uncorrectable ECC" in first
     assert "; starting again" in first
     assert second == "worker 1: KeyError: 'batch'; giving up"

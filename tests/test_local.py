@@ -140,7 +140,7 @@ def test_the_run_folder_has_every_file_of_the_contract(whole: Run) -> None:
     plots = {f"plots/{name}.png" for name in ("loss", "accuracy", "confusion", "mistakes")}
     checkpoint = {f"{checkpoint_name(LAST)}/{file}" for file in (CHECKPOINT, CHECKSUM)}
     files = {file for file in contents(whole.folder) if not file.startswith("tensorboard/")}
-    assert files == {"config.yaml", "metrics.csv", "result.json", *checkpoint, *plots}
+    assert files == {"config.yaml", "metrics.csv", "report.html", "result.json", *checkpoint, *plots}
     assert any("tfevents" in file for file in contents(whole.folder))
     assert set(os.listdir(whole.folder.parent)) == {"whole"}
 

@@ -133,7 +133,7 @@ def terminated(advice: str) -> SystemExit:
     return SystemExit(128 + signal.SIGTERM)
 
 
-def exit_status(command: Callable[[], None]) -> int:
+def exit_status(command: Callable[[], object]) -> int:
     """Runs a command line's work: 0 done, 2 the request was wrong, 1 training failed, 130 interrupted."""
     try:
         command()

@@ -13,7 +13,7 @@ from typing import Literal
 
 from jsonargparse import Namespace
 
-from ray_mnist.cli.parser import DEFAULT_CLASSES, describe_class, expand, make_options, name_classes
+from ray_mnist.cli.parser import DEFAULT_CLASSES, Parser, describe_class, expand, make_options, name_classes
 from ray_mnist.config import OPTIONS, RunConfig
 from ray_mnist.errors import RequestError
 
@@ -65,6 +65,25 @@ def answer(description: str, arguments: Sequence[str]) -> RunConfig | None:
     """
     parser = make_options("train", description)
     if {"-h", "--help"} & set(arguments):
+        of_lightning = "an argument of Lightning's Trainer"
+        parser.add_argument("--trainer.ARG", metavar="VALUE", help=of_lightning, default=SUPPRESS)
+    arguments = expand(arguments)
+    options = answer_what_is_not_of_classes(parser, without(r"config|print_config|trainer(\..*?)?", arguments))
+    if "--config" in {argument.partition("=")[0] for argument in arguments}:
+        return None
+    config = RunConfig(**{name: options[name] for name in OPTIONS})
+    if "--print_config" in arguments and not options.resume:
+        parse_ours(arguments)  # which prints it
+    return config if can_be_made(without("print_config", arguments)) else None
+
+
+def answer_what_is_not_of_classes(parser: Parser, arguments: Sequence[str]) -> Namespace:
+    """Ends the program with the help or the versions; parses all that does not concern `--model` and `--data`.
+
+    Raises:
+        RequestError: an argument is unknown or has a value that it cannot have.
+    """
+    if {"-h", "--help"} & set(arguments):
         for part in DEFAULT_CLASSES:
             for option, value, text in (
                 (part, "CLASS", describe_class(part)),
@@ -72,18 +91,8 @@ def answer(description: str, arguments: Sequence[str]) -> RunConfig | None:
                 (f"{part}.help", "CLASS", "show the arguments of a class and exit"),
             ):
                 parser.add_argument(f"--{option}", metavar=value, help=text, default=SUPPRESS)
-        parser.add_argument(
-            "--trainer.ARG", metavar="VALUE", help="an argument of Lightning's Trainer", default=SUPPRESS
-        )
         parser.parse_args(["--help"])
-    arguments = expand(arguments)
-    options = parser.parse_args(without(r"(model|data|trainer)(\..*?)?|config|print_config", arguments))
-    if "--config" in {argument.partition("=")[0] for argument in arguments}:
-        return None
-    config = RunConfig(**{name: options[name] for name in OPTIONS})
-    if "--print_config" in arguments and not options.resume:
-        parse_ours(arguments)  # which prints it
-    return config if can_be_made(without("print_config", arguments)) else None
+    return parser.parse_args(without(r"(model|data)(\..*?)?", arguments))
 
 
 def answer_version(module: str, arguments: Sequence[str]) -> None:
@@ -93,12 +102,13 @@ def answer_version(module: str, arguments: Sequence[str]) -> None:
 
 
 def without(options: str, arguments: Sequence[str]) -> list[str]:
-    """The arguments but for those of these options, a regular expression, and their values."""
-    found, wanted = [], True
+    """The arguments but for those of these options, a regular expression, and the value of each."""
+    found, value_follows = [], False
     for argument in arguments:
-        if argument.startswith("--"):
-            wanted = not re.match(rf"--({options})(=|$)", argument)
-        found += [argument] if wanted else []
+        is_option = argument.startswith("--")
+        unwanted = re.match(rf"--({options})(=|$)", argument) if is_option else value_follows
+        found += [] if unwanted else [argument]
+        value_follows = is_option and bool(unwanted) and "=" not in argument
     return found
 
 

@@ -93,37 +93,54 @@ def versions() -> str:
     return f"{version('ray-mnist')} ({', '.join(f'{name} {version(package)}' for name, package in others.items())})"
 
 
-def make_options(module: str, description: str, short: bool = True) -> Parser:
-    """The options of a run and `--config`, and of `short` ones what they are short for."""
-    parser = Parser(
+def make_command(module: str, description: str, short: bool = False) -> Parser:
+    """A parser without arguments yet; with `short` its help ends in what the short options are short for."""
+    return Parser(
         prog=f"python -m ray_mnist.{module}",
         version=versions(),
         description=description,
         epilog="; ".join(f"{brief} V is short for {long} V" for brief, long in SHORT.items()) if short else None,
     )
+
+
+def make_options(module: str, description: str, short: bool = True) -> Parser:
+    """The options of a run and `--config`, and of `short` ones what they are short for."""
+    parser = make_command(module, description, short)
     parser.add_argument("--config", action="config", help="YAML file with any of these options, such as config.yaml")
+    add_options(parser, OPTIONS)
+    return parser
+
+
+def add_options(parser: Parser, names: Sequence[str]) -> None:
+    """Adds the options of a run that have these names."""
     for option in fields(RunConfig):
         help_text = option.metadata["help"]
-        if option.type is bool:
+        if option.name in names and option.type is bool:
             parser.add_argument(flag(option.name), action="store_true", help=help_text)
-        else:
+        elif option.name in names:
             parser.add_argument(flag(option.name), type=option.type, default=option.default, help=help_text)
-    return parser
 
 
 def make_parser(module: str, description: str, short: bool = True) -> Parser:
     """The options of a run, `--model` and `--data` with the arguments of their classes, and Lightning's `--trainer`."""
     import pytorch_lightning as pl
 
-    import ray_mnist.data
-    import ray_mnist.models  # noqa: F401  (whose classes may then be named without their modules)
-
     parser = make_options(module, description, short)
-    for part, base in BASES.items():
-        parser.add_subclass_arguments(getattr(pl, base), part, required=True, help=describe_class(part))
+    add_classes(parser)
     names = parser.add_class_arguments(pl.Trainer, "trainer", instantiate=False, fail_untyped=False, sub_configs=True)
     parser.set_defaults(dict.fromkeys(names, SUPPRESS))  # what is not given is for `Trainer` to choose
     return parser
+
+
+def add_classes(parser: Parser) -> None:
+    """Adds `--model` and `--data`, with the arguments of the classes that they name."""
+    import pytorch_lightning as pl
+
+    import ray_mnist.data
+    import ray_mnist.models  # noqa: F401  (whose classes may then be named without their modules)
+
+    for part, base in BASES.items():
+        parser.add_subclass_arguments(getattr(pl, base), part, required=True, help=describe_class(part))
 
 
 def describe_class(part: str) -> str:
@@ -212,7 +229,7 @@ def trainer_arguments(parser: Parser, config: Namespace) -> dict[str, Any]:
     Raises:
         RequestError: one of those cannot be made.
     """
-    return vars(_make(parser, config, "trainer")) if "trainer" in config else {}
+    return vars(make(parser, config, "trainer")) if "trainer" in config else {}
 
 
 def instantiate(parser: Parser, config: Namespace) -> "tuple[LightningModule, LightningDataModule]":
@@ -221,7 +238,7 @@ def instantiate(parser: Parser, config: Namespace) -> "tuple[LightningModule, Li
     Raises:
         RequestError: a class does not take its arguments, or the model has fewer classes than the data.
     """
-    data = _make(parser, config, "data")
+    data = make(parser, config, "data")
     sizes = config.model.init_args
     for name, mnist in (("input_shape", (1, 28, 28)), ("num_classes", 10)):
         if hasattr(data, name) and sizes.get(name) == mnist:
@@ -229,10 +246,15 @@ def instantiate(parser: Parser, config: Namespace) -> "tuple[LightningModule, Li
     classes, least = sizes.get("num_classes"), getattr(data, "num_classes", 0)
     if isinstance(classes, int) and classes < least:
         raise RequestError(f"--model.num_classes {classes} is fewer than the {least} of the data: leave it out.")
-    return _make(parser, config, "model"), data
+    return make(parser, config, "model"), data
 
 
-def _make(parser: Parser, config: Namespace, name: str) -> Any:
+def make(parser: Parser, config: Namespace, name: str) -> Any:
+    """What `config` says of the `model` or of the `data`, instantiated.
+
+    Raises:
+        RequestError: the class does not take its arguments.
+    """
     try:
         return parser.instantiate(Namespace({name: config[name]}))[name]
     except ValueError as error:

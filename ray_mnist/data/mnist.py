@@ -61,7 +61,8 @@ def together(batch: Any) -> Any:
 class MNISTDataModule(LightningDataModule):
     """MNIST and its like: images as float32 (N, C, H, W) in [0, 1] with labels int64 (N,).
 
-    It has `input_shape`, the (C, H, W) of the images, `num_classes`, and `class_names`, what each label means.
+    It has `input_shape`, the (C, H, W) of the images, `num_classes`, `class_names`, what each label means, and `box`,
+    how many pixels the longer side of what an image shows has.
 
     Args:
         dataset: mnist, fashion-mnist, kmnist, cifar10, or digits, which needs no network.
@@ -102,7 +103,7 @@ class MNISTDataModule(LightningDataModule):
         self.save_hyperparameters({"seed": self.seed})
         self.parts: dict[str, ImageDataset] = {}
         self.input_shape, self.num_classes = source.input_shape, source.num_classes
-        self.class_names = source.class_names
+        self.class_names, self.box = source.class_names, source.box
 
     def check_batch_size(self, world_size: int) -> None:
         """Raises RequestError if a batch has not a sample for each of `world_size` workers; reads no data."""

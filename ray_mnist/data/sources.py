@@ -12,7 +12,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +41,8 @@ class Source:
     """What is known of a data set before any of it is loaded, and how to read it.
 
     `files` are the names `read` needs, all of them in one of `folders` under `data_dir`; downloads go to
-    the first of these. `published` is torchvision's class, which knows the mirrors and md5 sums.
+    the first of these. `published` is torchvision's class, which knows the mirrors and md5 sums. `box` is how many
+    pixels the longer side of what an image shows has.
     """
 
     class_names: tuple[str, ...]
@@ -50,6 +51,7 @@ class Source:
     files: tuple[str, ...] = ()
     published: Any = None
     input_shape: tuple[int, int, int] = (1, 28, 28)
+    box: int = 28
 
     @property
     def num_classes(self) -> int:
@@ -183,7 +185,7 @@ OBJECTS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 # The three MNIST-likes name their files alike, so files that lie in `data_dir` itself, outside a folder
 # that says which of them they are, count as MNIST and nothing else.
 SOURCES: dict[str, Source] = {
-    "mnist": _mnist_like(MNIST, "."),
+    "mnist": replace(_mnist_like(MNIST, "."), box=20),
     "fashion-mnist": _mnist_like(FashionMNIST),
     "kmnist": _mnist_like(KMNIST),
     "cifar10": Source(OBJECTS, _read_cifar10, (CIFAR10.base_folder,), CIFAR10_FILES, CIFAR10, (3, 32, 32)),

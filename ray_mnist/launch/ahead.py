@@ -28,8 +28,6 @@ RAY_TRAIN_SETTINGS = {
     # How often Ray looks whether the workers are done or dead: 2 s would be added to every run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
-# Of a local Ray. No machine of it is about to be taken away, for which Ray Train would start a process to look.
-LOCAL_SETTINGS = RAY_TRAIN_SETTINGS | {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 _workers: list[Any] = []  # of the next run
@@ -41,7 +39,7 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
     Not started yet are the workers of trials, and those that have a GPU: Ray gives them theirs as it starts them.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    settings = {name: os.environ.get(name, value) for name, value in LOCAL_SETTINGS.items()}
+    settings = {name: os.environ.get(name, value) for name, value in RAY_TRAIN_SETTINGS.items()}
     options: dict[str, Any] = {"num_cpus": enough_cpus(config, cpus), "include_dashboard": False}
     options["runtime_env"] = {"env_vars": settings}
     ray.init(address="local", **options, **QUIET)

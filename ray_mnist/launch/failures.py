@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -91,7 +92,7 @@ def write_down(folder: RunFolder, failures: list[str], again: bool, least: int |
     enough = f"at least {least}" if least else "all"
     waiting = f"starting again, once {enough} workers have room (waiting up to {WAIT_FOR_NODES_S} s)"
     then = waiting if again else "giving up"
-    failure = {"workers": failures, "then": then}
+    failure = {"time": time.time(), "workers": failures, "then": then}
     in_time(lambda: add_line(folder, FAILURES, failure))
     return one_failure(failure)
 

@@ -9,6 +9,7 @@ import os
 import posixpath
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -73,6 +74,18 @@ def refuse_others(folder: RunFolder, claim: str) -> None:
             refuse_living(folder, name, unrenewed_s=(claims[claim].mtime - claims[name].mtime).total_seconds())
             with suppress(OSError):
                 folder.fs.delete_file(folder.at(name))
+
+
+def in_use(folder: RunFolder) -> bool:
+    """Whether a run that is alive has the folder, as far as the clock of this machine is right."""
+    for info in folder.fs.get_file_info(pyarrow.fs.FileSelector(folder.path)):
+        name = posixpath.basename(info.path)
+        if name.startswith(CLAIM):
+            try:
+                refuse_living(folder, name, unrenewed_s=time.time() - info.mtime.timestamp())
+            except RequestError:
+                return True
+    return False
 
 
 def refuse_living(folder: RunFolder, name: str, unrenewed_s: float) -> None:

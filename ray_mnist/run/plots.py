@@ -22,16 +22,19 @@ def draw(folder: RunFolder, outcome: Outcome, class_names: tuple[str, ...] | Non
         if any(f"{part}_{metric}" in row for row in outcome.history for part in ("train", "val")):
             save(folder, metric, curves(outcome.history, metric))
     if outcome.confusion:
-        count = outcome.classes
-        # A model may tell more classes apart than the data set names.
-        names = class_names if class_names and len(class_names) == count else tuple(map(str, range(count)))
-        if count <= MOST_CLASSES:
+        names = names_of(class_names, outcome.classes)
+        if outcome.classes <= MOST_CLASSES:
             save(folder, "confusion", confusion(outcome.confusion, names))
         pictures = [
             found for found in outcome.mistakes if found["image"].ndim == 3 and len(found["image"]) in (1, 3, 4)
         ]
         if pictures or not outcome.mistakes:
             save(folder, "mistakes", mistakes(pictures, names))
+
+
+def names_of(class_names: tuple[str, ...] | None, count: int) -> tuple[str, ...]:
+    """A name for each of `count` classes: a model may tell more classes apart than the data set names."""
+    return class_names if class_names and len(class_names) == count else tuple(map(str, range(count)))
 
 
 def save(folder: RunFolder, name: str, figure: Figure) -> None:

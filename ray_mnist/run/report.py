@@ -45,8 +45,8 @@ def class_and_arguments(instance: Any) -> dict[str, Any]:
 def write_result(
     folder: RunFolder, config: RunConfig, model: Any, data: dict[str, Any], outcome: Outcome, started: float
 ) -> Result:
-    """Writes metrics.csv, result.json and the plots."""
-    from ray_mnist.run import plots  # slow to import, and workers have no use for it
+    """Writes metrics.csv, result.json, the plots and report.html."""
+    from ray_mnist.run import page, plots  # slow to import, and workers have no use for them
 
     last = outcome.history[-1] if outcome.history else {}
     tested = {name: value for metrics in outcome.test_metrics for name, value in metrics.items()}
@@ -77,7 +77,9 @@ def write_result(
     }
     folder.write("metrics.csv", metrics_csv(outcome.history))
     folder.write("result.json", to_json(values))
-    plots.draw(folder, outcome, getattr(data.get("datamodule"), "class_names", None))
+    class_names = getattr(data.get("datamodule"), "class_names", None)
+    plots.draw(folder, outcome, class_names)
+    page.write(folder, values, outcome, class_names, started)
     return Result(path=str(folder), values=values, history=outcome.history, test_metrics=outcome.test_metrics)
 
 
