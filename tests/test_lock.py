@@ -15,12 +15,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pyarrow.fs
 import pytest
 import pytorch_lightning as pl
 from conftest import wait_until
-from moto.server import ThreadedMotoServer
 
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer, tune
 from ray_mnist.run import lock
@@ -29,23 +27,6 @@ from ray_mnist.run.folder import RunFolder
 pytestmark = pytest.mark.timeout(120)
 
 DIGITS = {"dataset": "digits"}
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """An object store, with a bucket in it: moto's S3."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", address)
-        patch.setenv("no_proxy", "127.0.0.1")
-        boto3.client("s3").create_bucket(Bucket="bucket")
-        yield "s3://bucket"
-    server.stop()
 
 
 @pytest.fixture(params=["local", "object store"])

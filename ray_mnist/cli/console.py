@@ -15,7 +15,15 @@ from typing import TextIO
 from rich.console import Console
 
 from ray_mnist.errors import RequestError, TrainingError, one_line
-from ray_mnist.run.events import CheckpointPassedOver, EpochEnded, Event, Printed, WorkersFailed, WorkerStarted
+from ray_mnist.run.events import (
+    CheckpointPassedOver,
+    EpochEnded,
+    Event,
+    Printed,
+    StorageFails,
+    WorkersFailed,
+    WorkerStarted,
+)
 from ray_mnist.run.outcome import Row
 from ray_mnist.run.records import LAST_COLUMNS, columns
 
@@ -64,6 +72,8 @@ class Display:
                     self.logs[rank] = log
                 case CheckpointPassedOver(location, why):
                     say(f"passed over the checkpoint {location}: it {why}")
+                case StorageFails(location, why, for_s):
+                    say(f"no checkpoint can be written to {location}, trying again for up to {for_s:.0f} s: {why}")
                 case WorkersFailed(ranks, message):
                     say(f"failure: {message}")
                     for rank in filter(self.logs.get, ranks):

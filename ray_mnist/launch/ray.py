@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -32,10 +31,9 @@ from ray_mnist.launch.failures import Failures, describe_all, describe_start, ma
 from ray_mnist.launch.output import root_logger, worker_output
 from ray_mnist.launch.stalls import StallWatch
 from ray_mnist.launch.termination import on_sigterm
-from ray_mnist.ray_train_internals import SNAPSHOT, AbortableTorchTrainer, WatchedGroup, output_files
+from ray_mnist.ray_train_internals import AbortableTorchTrainer, WatchedGroup, output_files
 from ray_mnist.run.events import Tell, WorkersFailed
-from ray_mnist.run.folder import RunFolder
-from ray_mnist.run.outcome import Evaluation, Outcome, Row
+from ray_mnist.run.outcome import Evaluation, Outcome
 from ray_mnist.run.records import read_failures
 from ray_mnist.worker import Job, run_and_collect
 
@@ -79,16 +77,6 @@ class RayContext:
             "strategy": make_strategy(self.job.lightning.get("strategy", "ddp")),
             "plugins": [*self.job.lightning.get("plugins", []), lightning_integration().RayLightningEnvironment()],
         }
-
-    def report(self, metrics: Row, name: str, checkpoint: Path | None) -> None:
-        """Attaches rank 0's checkpoint; a barrier for all ranks."""
-
-        def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-            folder = self.job.folder
-            return ray.train.Checkpoint(folder.add_checkpoint(checkpoint.path, name), folder.fs)
-
-        attached = None if checkpoint is None else ray.train.Checkpoint.from_directory(checkpoint)
-        ray.train.report(metrics, attached, checkpoint_dir_name=name, checkpoint_upload_fn=upload)
 
 
 def lightning_integration() -> Any:
@@ -182,7 +170,6 @@ def launch(
         while True:
             written = len(read_failures(job.folder))
             trainer = make_trainer(job, config, settings, tries_left, trainer_class)
-            forget_snapshot(job.folder)
             try:
                 outcome: Outcome | Evaluation = in_thread(trainer.fit, trainer.abort).return_value
                 return outcome
@@ -226,16 +213,6 @@ def make_trainer(
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-
-
-def forget_snapshot(folder: RunFolder) -> None:
-    """Removes what Ray Train remembers of an earlier launch under this name.
-
-    The run resumes from the newest checkpoint that is whole. Ray's own list may have been cut off by the kill that
-    the run is to recover from, and then Ray refuses to start.
-    """
-    if folder.has(SNAPSHOT):
-        folder.fs.delete_file(folder.at(SNAPSHOT))
 
 
 def in_thread(call: Callable[[], Any], stop: Callable[[], None]) -> Any:
