@@ -178,7 +178,7 @@ class Fails(Storage):
     """Fails from checkpoint `at` on: so many times, or for ever; each step after the next waits for that."""
 
     def __init__(self, at: int, times: int | None = None) -> None:
-        self.at, self.left = at, times
+        self.at, self.left, self.ended_at = at, times, -1
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, module, stage)
@@ -200,6 +200,9 @@ class Fails(Storage):
             if trainer.global_step == self.at + 1 and self.left is not None:
                 wait_until(lambda: self.left == 0, SECONDS, "the storage to be well again")
 
+    def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.ended_at = trainer.global_step
+
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_storage_that_fails_for_a_while_costs_a_line(
@@ -218,8 +221,10 @@ def test_a_storage_that_fails_for_a_while_costs_a_line(
 def test_a_storage_that_stays_away_ends_the_run_which_goes_on_later(
     num_workers: int, gloo: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    fails = Fails(at=10)
     with pytest.raises(TrainingError) as error:
-        fit(tmp_path, num_workers, callbacks=[Fails(at=10)])
+        fit(tmp_path, num_workers, callbacks=[fails])
+    assert num_workers or fails.ended_at in (21, 22)  # and not at the end; that of step 5 may have taken until step 11
     newest = tmp_path / "run" / checkpoint_name(5) / CHECKPOINT
     assert str(error.value) == (
         f"no checkpoint could be written to {tmp_path / 'run'} for 10 s (slow down): {newest} is the newest one that "
@@ -334,7 +339,10 @@ def test_a_best_checkpoint_that_waits_is_not_dropped_and_epochs_are_told_in_thei
     assert steps.uploads.newest == checkpoint_name(4)
 
 
-def test_what_is_under_way_when_a_training_breaks_off_is_waited_for(steps: Steps) -> None:
+def test_what_is_under_way_when_a_training_breaks_off_is_waited_for(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "LOOK_S", 0)  # that for its thread to end, once nobody waits any more
     steps.save(1)
     with ExitStack() as training:
         training.enter_context(pytest.raises(ValueError, match="a bug"))
