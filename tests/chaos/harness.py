@@ -227,9 +227,9 @@ def carry_out(schedule: Schedule | None, folder: Path, cluster: Nodes, expected:
     if (folder / OUTCOME).exists():
         found = torch.load(folder / OUTCOME)
         compare(outcome, found, expected or found)
-    if outcome.restarts or outcome.resumed:
-        after = (each["time"] - struck_at for each in begun if each["time"] > struck_at)
-        outcome.recovered_s = min(after, default=None)
+    if begun and (outcome.restarts or outcome.resumed):
+        newest = {each["rank"]: each["time"] for each in begun}  # those before may have gone on for a moment
+        outcome.recovered_s = min(newest.values()) - struck_at
     return outcome
 
 
