@@ -1,6 +1,6 @@
 """What goes along with a worker's training.
 
-Recorder measures, checkpoints and reports; FiniteLoss ends what diverges; Randomness seeds each step; Mistakes looks at
+Recorder measures and checkpoints; FiniteLoss ends what diverges; Randomness seeds each step; Mistakes looks at
 the test.
 """
 
@@ -8,8 +8,8 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -23,16 +23,14 @@ from ray_mnist.distributed.collectives import gather, total
 from ray_mnist.distributed.loaders import samples_seen
 from ray_mnist.distributed.sharding import seed_cpu
 from ray_mnist.errors import Stopped, TrainingError
-from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name
+from ray_mnist.run.folder import CHECKPOINT, checkpoint_name
 from ray_mnist.run.outcome import Row
 from ray_mnist.run.trust import check_saved, keep_plain_hyperparameters
-
-# Takes the metrics, the checkpoint's name and, on rank 0, the local folder that holds it; all ranks call it together.
-Report = Callable[[Row, str, Path | None], None]
+from ray_mnist.run.uploads import Saved, Uploads
 
 
 class Recorder(Checkpoint):
-    """Keeps one row of metrics an epoch and hands each checkpoint, and the row it belongs to, to `report`.
+    """Keeps one row of metrics an epoch and hands each checkpoint of rank 0, with the rows so far, to `uploads`.
 
     Being one of Lightning's `Checkpoint` callbacks it runs after everything else of an epoch, so that it sees all
     metrics. Its history and its best checkpoint are part of each checkpoint, so that a resumed run goes on from them.
@@ -40,18 +38,16 @@ class Recorder(Checkpoint):
 
     def __init__(
         self,
-        folder: RunFolder,
-        report: Report,
+        uploads: Uploads,
         rank_zero: RankZero,
         every_n_steps: int | None = None,
         monitor: str = "val_loss",
         mode: str = "min",
     ) -> None:
-        self.folder, self.report, self.rank_zero, self.every_n_steps = folder, report, rank_zero, every_n_steps
+        self.uploads, self.rank_zero, self.every_n_steps = uploads, rank_zero, every_n_steps
         self.monitor, self.sign = monitor, 1 if mode == "min" else -1
         self.history: list[Row] = []
         self.best: str | None = None
-        self.newest: str | None = None
         self.best_score = float("inf")  # the less the better, whatever the mode
         self.train_samples = self.val_samples = 0  # of the last epoch
         self._last_step = 0
@@ -86,6 +82,7 @@ class Recorder(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock, also where a run resumes inside an epoch and no epoch starts."""
         self._last_step = trainer.global_step
+        self.uploads.told = len(self.history)
         self.rank_zero.begin(trainer)
         self._start_clock(trainer)
 
@@ -103,12 +100,13 @@ class Recorder(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Checkpoints inside the epoch when it is time; the epoch's end does so for its last step."""
+        self.uploads.check()
         step = trainer.global_step
         if step == self._last_step or trainer.is_last_batch:
             return
         save, stop = self.rank_zero.says(trainer)
         if save or (self.every_n_steps and step % self.every_n_steps == 0):
-            self._save(trainer, {"epoch": trainer.current_epoch + 1, "step": step})
+            self._save(trainer)
         if stop:
             self._stop(trainer)
 
@@ -125,7 +123,7 @@ class Recorder(Checkpoint):
         self._validation_seconds += time.monotonic() - self._evaluation_started
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adds the epoch's row, checkpoints and reports."""
+        """Adds the epoch's row and checkpoints."""
         seconds = time.monotonic() - self._epoch_started
         self.train_samples = int(total(trainer, samples_seen(trainer.train_dataloader) - self._trained_before))
         row: Row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
@@ -142,31 +140,39 @@ class Recorder(Checkpoint):
         # As long as nothing was validated, the newest is the best.
         if score < self.best_score or self.best_score == float("inf"):
             self.best_score, self.best = score, checkpoint_name(trainer.global_step)
-        self._save(trainer, row)
+        self._save(trainer)
         if self.rank_zero.says(trainer)[1]:
             self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves once more where something changed the weights after the last epoch, as averaging them does."""
         if self._saved and self._saved != versions(pl_module):
-            self._save(trainer, {"epoch": trainer.current_epoch, "step": trainer.global_step})
+            self._save(trainer)
+        self._flush(trainer)
 
     def _stop(self, trainer: Trainer) -> None:
-        trainer.strategy.barrier()  # one that ended earlier would have the others ended, rank 0 as it stores
+        self._flush(trainer)
         raise Stopped
 
-    def _save(self, trainer: Trainer, metrics: Row) -> None:
+    def _flush(self, trainer: Trainer) -> None:
+        self.saving = True
+        self.uploads.flush()
+        # All wait for rank 0: one that ended earlier would have it ended, and one that tests reads what it wrote.
+        trainer.strategy.barrier()
+        self.saving = False
+
+    def _save(self, trainer: Trainer) -> None:
         self._last_step = trainer.global_step
         self._saved = versions(trainer.lightning_module)
         name = checkpoint_name(trainer.global_step)
-        with self.folder.new_checkpoint(name) as folder:
+        with ExitStack() as held:
+            folder = held.enter_context(self.uploads.folder.new_checkpoint(name))
             self.saving = True
-            trainer.save_checkpoint(folder / CHECKPOINT)
+            trainer.save_checkpoint(folder / CHECKPOINT)  # all ranks together, and none goes on before it is whole
             if trainer.is_global_zero:
                 check_saved(str(folder / CHECKPOINT))
-            self.report(metrics, name, folder if trainer.is_global_zero else None)
+                self.uploads.add(Saved(name, folder, held.pop_all(), self.best, list(self.history)))
             self.saving = False
-        self.newest = name
         self.rank_zero.saved()
 
 

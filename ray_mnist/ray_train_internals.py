@@ -16,7 +16,7 @@ from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[a
 from ray.exceptions import RayActorError, RayError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, get_env_vars_to_propagate
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.controller.state import FinishedState
@@ -34,7 +34,6 @@ from ray_mnist.ray_internals import end_workers, worker_name
 from ray_mnist.ray_scaling_internals import policies
 
 ANSWER_S = 10  # in which a worker that is well answers
-SNAPSHOT = CHECKPOINT_MANAGER_SNAPSHOT_FILENAME  # what Ray Train remembers of a run, in its folder
 
 
 def output_files() -> str:

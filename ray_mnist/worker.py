@@ -4,7 +4,6 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
@@ -26,11 +25,11 @@ from ray_mnist.distributed.strategy import LoadsOncePerNode, WeighsLosses, exten
 from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.errors import RequestError
 from ray_mnist.lightning_internals import leave_sigterm_alone, spare_each_step
-from ray_mnist.run.events import CheckpointPassedOver, EpochEnded, Event
+from ray_mnist.run.events import CheckpointPassedOver, Event
 from ray_mnist.run.folder import RunFolder
-from ray_mnist.run.outcome import Evaluation, Outcome, Row, TrainerState
+from ray_mnist.run.outcome import Evaluation, Outcome, TrainerState
 from ray_mnist.run.progress import follow
-from ray_mnist.run.records import metrics_csv
+from ray_mnist.run.uploads import Uploads
 
 
 @dataclass
@@ -77,9 +76,6 @@ class WorkerContext(Protocol):
 
     def trainer_arguments(self) -> dict[str, Any]:
         """What Lightning's Trainer has to know of where it was launched: accelerator, devices, strategy, plugins."""
-
-    def report(self, metrics: Row, name: str, checkpoint: Path | None) -> None:
-        """Takes in a checkpoint (on rank 0; None elsewhere). All ranks call it, together."""
 
     stop: threading.Event  # set, where rank 0 is, once the run is to checkpoint and end
 
@@ -133,29 +129,22 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
     """
     started = time.time()
     folder = job.folder
-
-    def report(metrics: Row, name: str, checkpoint: Path | None) -> None:
-        context.report(metrics, name, checkpoint)
-        if checkpoint is not None:
-            folder.write("metrics.csv", metrics_csv(recorder.history))
-            folder.keep_only(name, recorder.best)
-            if recorder.history and metrics is recorder.history[-1]:
-                context.tell(EpochEnded(metrics))
-
     monitor, mode = job.monitor or monitor_of(job.lightning["callbacks"])
     rank_zero = RankZero(context.stop, job.checkpoint_every_s)
-    recorder = Recorder(folder, report, rank_zero, job.checkpoint_every_n_steps, monitor, mode)
+    uploads = Uploads(folder, context.tell)
+    recorder = Recorder(uploads, rank_zero, job.checkpoint_every_n_steps, monitor, mode)
     trainer: Any = make_trainer(job, context, EpochSoFar(), *([] if job.allow_nan else [FiniteLoss()]), recorder)
     leave_sigterm_alone(trainer)
     if trainer.is_global_zero:
-        recorder.newest = folder.newest_sound_checkpoint(
+        uploads.newest = folder.newest_sound_checkpoint(
             lambda location, why: context.tell(CheckpointPassedOver(location, why))
         )
-    recorder.newest = newest = trainer.strategy.broadcast(recorder.newest)
+    uploads.newest = newest = trainer.strategy.broadcast(uploads.newest)
     path = folder.location(newest) if newest else job.checkpoint
     clock = time.monotonic()
-    # Others may be able to write to the run folder.
-    trainer.fit(job.model, **job.data, ckpt_path=path, weights_only=True if newest else job.weights_only)
+    with uploads:
+        # Others may be able to write to the run folder.
+        trainer.fit(job.model, **job.data, ckpt_path=path, weights_only=True if newest else job.weights_only)
     outcome = Outcome(
         trainer_state=trainer_state(trainer),
         device=device_name(trainer),
@@ -164,7 +153,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
         train_samples=size(trainer.train_dataloader) or recorder.train_samples,
         val_samples=recorder.val_samples,
         best_checkpoint=recorder.best,
-        newest_checkpoint=recorder.newest,
+        newest_checkpoint=uploads.newest,
         started=started,
         fit_seconds=time.monotonic() - clock,
         num_workers=trainer.world_size,

@@ -115,23 +115,28 @@ def gloo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gloo_workers.select, "on_ray", gloo_workers.on_gloo)
 
 
+def use_s3_at(address: str, patch: pytest.MonkeyPatch) -> str:
+    """The storage path of a new bucket in the S3 at an address, which this process and what it starts then use."""
+    import boto3  # few tests need it
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        patch.setenv(name, "test")
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    patch.setenv("AWS_ENDPOINT_URL", address)
+    patch.setenv("no_proxy", "127.0.0.1")
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    return "s3://bucket"
+
+
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """An object store, with a bucket in it: moto's S3."""
-    import boto3
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", address)
-        patch.setenv("no_proxy", "127.0.0.1")
-        boto3.client("s3").create_bucket(Bucket="bucket")
-        yield "s3://bucket"
+        yield use_s3_at("http://{}:{}".format(*server.get_host_and_port()), patch)
     server.stop()
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process, set_start_method
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -27,7 +26,7 @@ from ray_mnist.launch.failures import describe_all
 from ray_mnist.launch.output import root_logger
 from ray_mnist.launch.termination import on_sigterm
 from ray_mnist.run.events import Event, Tell
-from ray_mnist.run.outcome import Evaluation, Outcome, Row
+from ray_mnist.run.outcome import Evaluation, Outcome
 from ray_mnist.worker import Job
 
 JOB_S = 120  # all that a job may take
@@ -36,16 +35,6 @@ PEERS_S = 10  # what the others may take once one has failed: they notice that i
 processes = get_context("forkserver")
 # The last is what making an optimizer imports.
 processes.set_forkserver_preload(["ray_mnist.launch.ray", "ray_mnist.trainer", "torch._dynamo"])
-
-
-class GlooContext(launch.RayContext):
-    """Ray's, but for what Ray's local mode leaves out."""
-
-    def report(self, metrics: Row, name: str, checkpoint: Path | None) -> None:
-        """Puts rank 0's checkpoint into the run folder; a barrier for all ranks."""
-        if checkpoint is not None:
-            self.job.folder.add_checkpoint(checkpoint, name)
-        dist.barrier()
 
 
 def on_gloo(job: Job, config: RunConfig, _: float) -> Iterator[tuple[str, Any]]:
@@ -124,7 +113,6 @@ def work(packed: bytes, environment: dict[str, str], home: Connection, stop: Any
     set_start_method(None, force=True)  # a loader's processes start as everywhere
     os.environ.clear()
     os.environ.update(environment)
-    launch.RayContext = GlooContext
     config = cloudpickle.loads(packed) | {"send": PipeSender(home, stop)}
     outcome = error = None
     try:

@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import ray
 import ray._private.state
 from conftest import wait_until
+from ray_state import actors, placement_groups
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer, tune
 from ray_mnist.ray_train_internals import StartedController
@@ -22,16 +23,6 @@ from ray_mnist.run.lock import CLAIM
 
 STARTING = StartedController.__name__
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.timeout(240)]
-
-
-def placement_groups() -> list[dict[str, Any]]:
-    return [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
-
-
-def actors() -> set[str]:
-    """The classes of those that are alive, but for Ray's own that stay as long as the cluster."""
-    alive = [actor for actor in ray._private.state.actors().values() if actor["State"] != "DEAD"]
-    return {actor["ActorClassName"] for actor in alive} - {"TrainStateActor", "_AutoscalingCoordinatorActor"}
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
+from ray_mnist.callbacks import Recorder
 from ray_mnist.cli import console
 from ray_mnist.config import RunConfig
 from ray_mnist.data import sources
@@ -56,6 +57,12 @@ class Stopped(Exception):
     """The run broke off."""
 
 
+def await_uploads(trainer: pl.Trainer) -> None:
+    """Returns once all checkpoints so far are in the run folder."""
+    (recorder,) = (callback for callback in trainer.callbacks if isinstance(callback, Recorder))
+    recorder.uploads.flush()
+
+
 class Stop(pl.Callback):
     """Breaks the run off at the end of step `at`, by an error or by a signal to the process."""
 
@@ -66,6 +73,7 @@ class Stop(pl.Callback):
         if trainer.global_step != self.at:
             return
         if isinstance(self.by, signal.Signals):
+            await_uploads(trainer)
             os.kill(os.getpid(), self.by)
         else:
             raise self.by
@@ -239,13 +247,14 @@ def epochs_shown(capsys: pytest.CaptureFixture[str]) -> list[int]:
 
 
 class Shown(pl.Callback):
-    """Collects the epochs that were shown by the time that the next one starts; from then on, no metrics are read."""
+    """Collects the epochs that were shown by the time that the next one trains; from then on, no metrics are read."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self.capsys, self.monkeypatch = capsys, monkeypatch
         self.epochs: list[list[int]] = []
 
-    def on_train_epoch_start(self, *_: object) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        await_uploads(trainer)
         self.epochs.append(epochs_shown(self.capsys))
         read = RunFolder.read
 

@@ -233,27 +233,23 @@ def test_a_folder_without_its_checkpoint_does_not_count(folder: RunFolder, saved
 
 def test_a_checkpoint_takes_the_place_of_one_of_its_name(folder: RunFolder, saved: Callable[[float], Path]) -> None:
     folder.write(f"{checkpoint_name(5)}/{CHECKPOINT}", "cut off")
-    path = folder.add_checkpoint(saved(5), checkpoint_name(5))
-    assert path == folder.at(checkpoint_name(5))
+    folder.add_checkpoint(saved(5), checkpoint_name(5))
     assert names(folder) == {checkpoint_name(5)}
     folder.add_checkpoint(saved(6), checkpoint_name(5))
     assert weight(folder, checkpoint_name(5)) == 6
 
 
 def test_a_copy_that_breaks_off_leaves_no_checkpoint_and_is_cleared_away(
-    local: RunFolder, saved: Callable[[float], Path], monkeypatch: pytest.MonkeyPatch
+    local: RunFolder, saved: Callable[[float], Path]
 ) -> None:
     local.add_checkpoint(saved(1), checkpoint_name(1))
 
-    def broken(source: str, target: str, **_: object) -> None:
-        Path(target, CHECKPOINT).write_bytes(Path(source, CHECKPOINT).read_bytes())
+    def broken() -> None:
         raise OSError("disk gone")
 
     for step in (1, 2):
-        with monkeypatch.context() as patch:
-            patch.setattr(pyarrow.fs, "copy_files", broken)
-            with pytest.raises(OSError, match="disk gone"):
-                local.add_checkpoint(saved(step + 10), checkpoint_name(step))
+        with pytest.raises(OSError, match="disk gone"):
+            local.add_checkpoint(saved(step + 10), checkpoint_name(step), broken)
     assert len(names(local)) == 3
     assert local.checkpoints() == [checkpoint_name(1)]
     assert weight(local, checkpoint_name(1)) == 1
@@ -310,6 +306,33 @@ def test_only_the_named_checkpoints_are_kept(folder: RunFolder, saved: Callable[
     assert folder.checkpoints() == [checkpoint_name(4), checkpoint_name(2)]
     folder.keep_only(checkpoint_name(4), None)
     assert names(folder) == {checkpoint_name(4), "checkpoint_notes.txt", "plots"}
+
+
+def test_a_checkpoint_that_is_being_written_is_not_taken_for_what_a_kill_left(
+    local: RunFolder, saved: Callable[[float], Path]
+) -> None:
+    with local.new_checkpoint(checkpoint_name(2)) as place:
+        place.mkdir(parents=True)
+        local.add_checkpoint(saved(1), checkpoint_name(1))
+        local.keep_only(checkpoint_name(1))
+        assert names(local) == {checkpoint_name(1), place.name}
+    place.mkdir()  # what a kill leaves
+    local.keep_only(checkpoint_name(1))
+    assert names(local) == {checkpoint_name(1)}
+
+
+def test_a_checkpoint_in_many_files_is_copied_part_by_part(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray_mnist.run.folder.READ_BYTES", 10)
+    files = {".metadata": b"m", f"{CHECKPOINT}/0.distcp": bytes(range(25)), f"{CHECKPOINT}/1.distcp": b""}
+    for name, content in files.items():
+        (tmp_path / "saved" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "saved" / name).write_bytes(content)
+    parts: list[None] = []
+    folder.add_checkpoint(tmp_path / "saved", checkpoint_name(1), lambda: parts.append(None))
+    assert {name: folder.read(f"{checkpoint_name(1)}/{name}") for name in files} == files
+    assert len(parts) == 4
 
 
 def killed_with_a_copy_at_hand(folder: RunFolder, name: str) -> None:

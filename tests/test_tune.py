@@ -24,6 +24,7 @@ from ray.train.torch import TorchTrainer
 from ray.tune.search.sample import Categorical
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray_state import placement_groups
 
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, TrainingError, tune
 from ray_mnist.cli.lightning_arguments import for_lightning
@@ -37,10 +38,6 @@ from ray_mnist.search import space
 from ray_mnist.search.trial import Plan, Trial
 
 DIGITS = {"data": {"dataset": "digits"}}
-
-
-def placement_groups() -> list[dict[str, Any]]:
-    return [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
 
 
 def actors() -> set[str]:

@@ -20,6 +20,7 @@ from ray_mnist.run.events import (
     EpochEnded,
     Event,
     Printed,
+    StorageFails,
     WorkersChanged,
     WorkersFailed,
     WorkerStarted,
@@ -74,6 +75,8 @@ class Display:
                     say(f"passed over the checkpoint {location}: it {why}")
                 case WorkersChanged(message):
                     say(f"workers: {message}")
+                case StorageFails(location, why, for_s):
+                    say(f"no checkpoint can be written to {location}, trying again for up to {for_s:.0f} s: {why}")
                 case WorkersFailed(ranks, message):
                     say(f"failure: {message}")
                     for rank in filter(self.logs.get, ranks):

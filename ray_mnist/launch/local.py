@@ -5,7 +5,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +12,12 @@ import torch
 from ray_mnist.errors import RequestError
 from ray_mnist.launch.termination import on_sigterm
 from ray_mnist.run.events import Tell
-from ray_mnist.run.outcome import Evaluation, Outcome, Row
+from ray_mnist.run.outcome import Evaluation, Outcome
 from ray_mnist.worker import Job, WorkerContext, run
 
 
 class LocalContext:
-    """A `WorkerContext` with one rank; it looks after the run folder's checkpoints itself."""
+    """A `WorkerContext` with one rank."""
 
     def __init__(self, job: Job, use_gpu: bool, tell: Tell) -> None:
         self.job, self.use_gpu, self.tell, self.stop = job, use_gpu, tell, threading.Event()
@@ -26,11 +25,6 @@ class LocalContext:
     def trainer_arguments(self) -> dict[str, Any]:
         """One device."""
         return {"accelerator": "gpu" if self.use_gpu else "cpu", "devices": 1, "strategy": "auto"}
-
-    def report(self, metrics: Row, name: str, checkpoint: Path | None) -> None:
-        """Puts the checkpoint into the run folder."""
-        assert checkpoint is not None
-        self.job.folder.add_checkpoint(checkpoint, name)
 
 
 def launch(job: Job, context: WorkerContext) -> Outcome | Evaluation:

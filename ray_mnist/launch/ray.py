@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -44,10 +43,9 @@ from ray_mnist.launch.stalls import StallWatch
 from ray_mnist.launch.termination import on_sigterm
 from ray_mnist.launch.traces import TRACES, left_clean
 from ray_mnist.lightning_package import call_with, package_in_use
-from ray_mnist.ray_train_internals import SNAPSHOT, AbortableTorchTrainer, WatchedGroup, end_run, output_files
+from ray_mnist.ray_train_internals import AbortableTorchTrainer, WatchedGroup, end_run, output_files
 from ray_mnist.run.events import Tell, WorkersFailed
-from ray_mnist.run.folder import RunFolder
-from ray_mnist.run.outcome import Evaluation, Outcome, Row
+from ray_mnist.run.outcome import Evaluation, Outcome
 from ray_mnist.run.records import read_failures
 from ray_mnist.worker import Job, run_and_collect
 
@@ -91,16 +89,6 @@ class RayContext:
             "strategy": make_strategy(self.job.lightning.get("strategy", "ddp")),
             "plugins": [*self.job.lightning.get("plugins", []), lightning_integration().RayLightningEnvironment()],
         }
-
-    def report(self, metrics: Row, name: str, checkpoint: Path | None) -> None:
-        """Attaches rank 0's checkpoint; a barrier for all ranks."""
-
-        def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-            folder = self.job.folder
-            return ray.train.Checkpoint(folder.add_checkpoint(checkpoint.path, name), folder.fs)
-
-        attached = None if checkpoint is None else ray.train.Checkpoint.from_directory(checkpoint)
-        ray.train.report(metrics, attached, checkpoint_dir_name=name, checkpoint_upload_fn=upload)
 
 
 def lightning_integration() -> Any:
@@ -213,7 +201,6 @@ def launch(
             written = len(read_failures(job.folder))
             trainer = make_trainer(job, config, settings, tries_left, trainer_class)
             trainer.controller, trainer.clean = KEEPER.take_controller(), left_clean if keep else None
-            forget_snapshot(job.folder)
             try:
                 outcome: Outcome | Evaluation = in_thread(trainer.fit, trainer.abort).return_value
                 if keep:
@@ -276,16 +263,6 @@ def ray_train_settings(config: RunConfig) -> dict[str, str]:
     """Environment variables that Ray Train reads when the run starts."""
     wait_less = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(PLACE_S)}  # how many have room may change at any time
     return RAY_TRAIN_SETTINGS | (wait_less if least(config) else {})
-
-
-def forget_snapshot(folder: RunFolder) -> None:
-    """Removes what Ray Train remembers of an earlier launch under this name.
-
-    The run resumes from the newest checkpoint that is whole. Ray's own list may have been cut off by the kill that
-    the run is to recover from, and then Ray refuses to start.
-    """
-    if folder.has(SNAPSHOT):
-        folder.fs.delete_file(folder.at(SNAPSHOT))
 
 
 def in_thread(call: Callable[[], Any], stop: Callable[[], None]) -> Any:

@@ -34,7 +34,7 @@ from ray_mnist.launch.channel import Send, over_pipe
 from ray_mnist.launch.output import root_logger, worker_output
 from ray_mnist.run.events import Event, Tell
 from ray_mnist.run.folder import scratch_folder
-from ray_mnist.run.outcome import Evaluation, Outcome, Row
+from ray_mnist.run.outcome import Evaluation, Outcome
 from ray_mnist.worker import Job, run_and_collect
 
 Address = tuple[str, int]  # where the processes find each other
@@ -116,11 +116,6 @@ class XLAContext(local.LocalContext):
         """Lightning's XLA accelerator, precision and checkpoints come with the strategy."""
         strategy = OneCoreStrategy(0) if self.cores == 1 else EachCoreStrategy()
         return {"accelerator": "tpu", "devices": self.cores, "strategy": strategy}
-
-    def report(self, metrics: Row, name: str, checkpoint: Path | None) -> None:
-        """Puts rank 0's checkpoint into the run folder."""
-        if checkpoint is not None:
-            super().report(metrics, name, checkpoint)
 
 
 def launch(job: Job, cores: int, tell: Tell) -> Outcome | Evaluation:

@@ -52,5 +52,14 @@ class WorkersChanged:
     message: str
 
 
-Event = EpochEnded | Printed | WorkerStarted | WorkersFailed | CheckpointPassedOver | WorkersChanged
+@dataclass(frozen=True)
+class StorageFails:
+    """No checkpoint can be written to the run folder at `location`: `why`. It is tried again for `for_s` seconds."""
+
+    location: str
+    why: str
+    for_s: float
+
+
+Event = EpochEnded | Printed | WorkerStarted | WorkersFailed | CheckpointPassedOver | WorkersChanged | StorageFails
 Tell = Callable[[Event], None]  # never waits for long, and never fails: news must not harm a run

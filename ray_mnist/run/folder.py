@@ -49,6 +49,7 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise RequestError(f"--storage-path {storage_path} cannot be used: {one_line(error)}") from error
         self.path = posixpath.join(root, name)
+        self._in_use: set[str] = set()  # folders aside
 
     def __str__(self) -> str:
         if "://" in self.storage_path:
@@ -161,10 +162,11 @@ class RunFolder:
             return zipfile.is_zipfile(stream)
         return False
 
-    def add_checkpoint(self, source: str | Path, name: str) -> str:
-        """Takes the folder `source` in as checkpoint `name`, whole or not at all; returns its path on `self.fs`.
+    def add_checkpoint(self, source: str | Path, name: str, went_on: Callable[[], None] = lambda: None) -> None:
+        """Takes the folder `source` in as checkpoint `name`, whole or not at all.
 
-        One of `new_checkpoint` is moved where that can be, any other is copied. Its file gets a checksum beside it.
+        One of `new_checkpoint` is moved where that can be, any other is copied, and `went_on` called for each part.
+        Its file gets a checksum beside it.
         """
         target = self.at(name)
         is_aside = self.is_local and Path(source).parent == Path(self.path)
@@ -175,7 +177,7 @@ class RunFolder:
             # A kill leaves a new file without a checksum, and never one with that of the file it takes the place of.
             if not self.is_local and self.has(f"{name}/{CHECKSUM}"):
                 self.fs.delete_file(checksum)
-            pyarrow.fs.copy_files(str(source), aside, destination_filesystem=self.fs)
+            self._copy(Path(source), aside, went_on)
         if Path(source, CHECKPOINT).is_file():  # strategies of the user's may make it a folder
             with open(Path(source, CHECKPOINT), "rb") as file:
                 line = checksum_line(file)
@@ -184,7 +186,17 @@ class RunFolder:
         if self.is_local:
             shutil.rmtree(target, ignore_errors=True)
             os.rename(aside, target)
-        return target
+
+    def _copy(self, source: Path, target: str, went_on: Callable[[], None]) -> None:
+        for path in sorted(source.rglob("*")):
+            there = posixpath.join(target, path.relative_to(source).as_posix())
+            if path.is_dir():
+                self.fs.create_dir(there)
+                continue
+            with open(path, "rb") as file, self.fs.open_output_stream(there) as stream:
+                while part := file.read(READ_BYTES):
+                    stream.write(part)
+                    went_on()
 
     @contextmanager
     def new_checkpoint(self, name: str) -> Iterator[Path]:
@@ -194,10 +206,12 @@ class RunFolder:
         """
         if self.is_local:
             aside = Path(self._aside(name))
+            self._in_use.add(aside.name)
             try:
                 yield aside
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
+                self._in_use.discard(aside.name)
         else:
             with scratch_folder() as folder:
                 yield Path(folder)
@@ -210,7 +224,8 @@ class RunFolder:
         selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
         for info in self.fs.get_file_info(selector):
             name = posixpath.basename(info.path)
-            if name.startswith((".checkpoint_", "checkpoint_")) and info.is_file is False and name not in names:
+            kept = info.is_file is not False or name in names or name in self._in_use
+            if name.startswith((".checkpoint_", "checkpoint_")) and not kept:
                 self.fs.delete_dir(info.path)
 
     def location(self, checkpoint: str) -> str:

@@ -20,7 +20,7 @@ STAGES = {
     "test": ("test", "test_dataloaders"),
     "predict": ("prediction", "predict_dataloaders"),
 }
-# Whose code waits for other workers: collectives, buffers and gradients of DDP, and Ray's report.
+# Whose code waits for other workers: collectives, buffers and gradients of DDP, and Ray's barriers.
 WAITING = ("/torch/distributed/", "/torch/nn/parallel/", "/torch/autograd/", "/ray/")
 
 
@@ -70,6 +70,11 @@ def count(profile: Callable[[str], Any], action: str) -> Any:
     """Counts an action that begins; it is called dozens of times in each step."""
     HERE.actions += 1
     return profile(action)
+
+
+def went_on() -> None:
+    """Counts what an upload does: who waits for that does not stand still."""
+    HERE.actions += 1
 
 
 def position() -> Position:

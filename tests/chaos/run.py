@@ -1,0 +1,51 @@
+"""Random schedules, one after the other, and a table of what came of them: see scripts/chaos."""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from harness import Outcome, carry_out, draw, nodes
+from program import OUTCOME
+
+COLUMNS = ("seed", "what is done", "to the next step", "restarts", "samples once", "bit-identical", "else")
+
+
+def row(seed: int, outcome: Outcome) -> str:
+    """A line of the table."""
+    recovered = "" if outcome.recovered_s is None else f"{outcome.recovered_s:.1f} s"
+    restarts = "resumed" if outcome.resumed else outcome.restarts
+    yes = {True: "yes", False: "**no**"}
+    wrong = "; ".join(outcome.wrong)
+    cells = (seed, outcome.schedule, recovered, restarts, yes[outcome.once], yes[outcome.identical], wrong)
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> None:
+    """Exit status 1 if something was lost, counted twice or left behind."""
+    parser = argparse.ArgumentParser(description="Kills and stalls what takes part in runs, at random moments.")
+    parser.add_argument("--runs", type=int, default=50, help="how many schedules")
+    parser.add_argument("--seed", type=int, default=0, help="of the first; the others follow it")
+    options = parser.parse_args()
+    good = 0
+    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as scratch:
+        os.environ["TMPDIR"] = tempfile.tempdir = scratch
+        with nodes() as cluster, tempfile.TemporaryDirectory() as first:
+            assert carry_out(None, Path(first), cluster, None).good, "without a blow"
+            expected = torch.load(Path(first, OUTCOME))
+            print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}", flush=True)
+            for seed in range(options.seed, options.seed + options.runs):
+                with tempfile.TemporaryDirectory() as folder:
+                    outcome = carry_out(draw(seed), Path(folder), cluster, expected)
+                    print(row(seed, outcome), flush=True)
+                    good += outcome.good
+    print(f"\n{good} of {options.runs} came to what the run without a blow came to, and left nothing behind.")
+    sys.exit(good < options.runs)
+
+
+if __name__ == "__main__":
+    main()

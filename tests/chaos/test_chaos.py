@@ -1,0 +1,55 @@
+"""Whatever is killed or stalled, at whichever moment, nothing is lost, counted twice or left behind."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gloo_workers
+import program
+import pytest
+import torch
+from harness import Nodes, Schedule, carry_out, draw, nodes
+from program import STEPS_PER_EPOCH
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Nodes]:
+    with nodes() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gloo_workers.select, "on_ray", gloo_workers.on_gloo)
+        program.train(folder)
+    found: dict[str, Any] = torch.load(folder / program.OUTCOME)
+    return found
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule("worker", "stall", "validation", STEPS_PER_EPOCH, rank=1),
+        Schedule("node", "kill", "step", STEPS_PER_EPOCH + 6, rank=1),
+        Schedule("controller", "kill", "uploaded", 8),
+        Schedule("driver", "kill", "test"),
+    ],
+    ids=str,
+)
+def test_a_run_comes_to_what_it_would_have_come_to(
+    schedule: Schedule, cluster: Nodes, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    outcome = carry_out(schedule, tmp_path, cluster, undisturbed)
+    assert outcome.wrong == []
+    assert outcome.identical
+    assert outcome.once
+
+
+def test_a_seed_draws_the_same_schedule_each_time_and_many_draw_them_all() -> None:
+    drawn = [draw(seed) for seed in range(500)]
+    assert drawn == [draw(seed) for seed in range(500)]
+    assert len({(each.victim, each.how, each.moment) for each in drawn}) == 4 * 2 * 6
