@@ -13,7 +13,7 @@ import pytest
 import pytorch_lightning as pl
 import ray
 from conftest import wait_until
-from test_interrupts import actors, placement_groups
+from ray_state import actors, placement_groups
 
 from ray_mnist import ConvModel, MNISTDataModule, RequestError, SimpleModel, Trainer, TrainingError
 from ray_mnist.config import RunConfig

@@ -19,7 +19,7 @@ import pytest
 import pytorch_lightning as pl
 import ray.train
 import torch
-from gloo_workers import GlooContext, processes
+from gloo_workers import processes
 from ranks import on_ranks
 from ray import cloudpickle
 from ray.train.torch import TorchTrainer
@@ -195,7 +195,6 @@ def test_twenty_calls_in_one_process_are_as_twenty_in_processes_of_their_own(
 
     def call_all(rank: int) -> list[Any]:
         torch.distributed.destroy_process_group()
-        launch.RayContext = GlooContext
         return [
             call(rank, port, settings | {"job": job, "send": Deaf()}) for port, job in zip(ports, sent, strict=True)
         ]

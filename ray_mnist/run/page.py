@@ -63,7 +63,7 @@ def write(
         classes=classes(outcome.confusion, names_of(class_names, outcome.classes)),
         history=outcome.history,
         columns=[name for name in columns(outcome.history) if any(name in row for row in outcome.history)],
-        config=folder.read("config.yaml").decode(),
+        config=folder.read("config.yaml").decode() if folder.has("config.yaml") else "",
     )
     folder.write("report.html", text)
 
