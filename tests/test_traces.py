@@ -204,5 +204,6 @@ def test_twenty_calls_in_one_process_are_as_twenty_in_processes_of_their_own(
         assert left == ([],) * CALLS
         assert metrics == metrics[:KINDS] * (CALLS // KINDS)
         assert {*tensors[KINDS:]} == {tensors[KINDS]}
-        # Once each kind of call was there twice, the process has all that it will have: a model has 0.4 MB.
-        assert max(megabytes[2 * KINDS :]) < megabytes[2 * KINDS - 1] + 4
+        # Once each kind of call was there twice, the process has all that it will have, but for what malloc gives back
+        # at times, some 7 MB; a dozen models and their optimizers have twice that.
+        assert max(megabytes[-KINDS:]) < max(megabytes[KINDS : 2 * KINDS]) + 10
