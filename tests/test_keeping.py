@@ -62,6 +62,7 @@ def wants_a_cpu() -> str:
 
 
 @pytest.mark.usefixtures("cluster")
+@pytest.mark.slow
 def test_workers_stay_for_the_next_call_until_something_else_needs_them(
     options: dict[str, Any], notes: Notes, data: MNISTDataModule
 ) -> None:

@@ -22,6 +22,7 @@ from ray_mnist.run.folder import RunFolder
 
 CLAIM = ".lock-"
 RENEW_S = 10
+LAST_WRITE_S = 20  # for a renewal that is under way as the run ends, which would leave the claim behind
 DEAD_S = 60  # a claim that was not renewed for so long; no hiccup of a storage lasts that long
 
 
@@ -49,7 +50,7 @@ def held(folder: RunFolder) -> Iterator[bool]:
         finally:
             ended.set()
             if renewing.is_alive():
-                renewing.join(RENEW_S)
+                renewing.join(LAST_WRITE_S)
             with suppress(OSError):
                 folder.fs.delete_file(folder.at(claim))
 
