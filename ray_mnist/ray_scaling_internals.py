@@ -21,6 +21,12 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from ray.train.v2._internal.execution.worker_group import Worker
 
 from ray_mnist.launch.exchange import Exchange, Member
+from ray_mnist.launch.stalls import Ask
+
+
+def asking(worker: Any) -> Ask:
+    """What has the process of one of Ray Train's workers call a function, beside its training."""
+    return lambda function: worker.execute_async(function).future()
 
 
 class ExchangedWorkers(ScalingPolicy):
@@ -32,12 +38,8 @@ class ExchangedWorkers(ScalingPolicy):
 
     def follow(self, workers: list[Worker]) -> None:
         """Takes those that have started."""
-
-        def asking(worker: Any) -> Any:
-            return lambda function: worker.execute_async(function).future()
-
-        about = [(worker.metadata, asking(worker)) for worker in workers]
-        self.exchange.began([Member(data.node_id, data.hostname, ask) for data, ask in about])
+        members = [Member(worker.metadata.node_id, worker.metadata.hostname, asking(worker)) for worker in workers]
+        self.exchange.began(members)
 
     def before_controller_execute_resize_decision(self, decision: ResizeDecision) -> None:
         """Tells what is about to be started."""

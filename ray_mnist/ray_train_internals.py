@@ -5,7 +5,6 @@ tests/test_internals.py names what a new release moved.
 
 import socket
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -30,8 +29,9 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ray_mnist.launch.exchange import Exchange
+from ray_mnist.launch.stalls import Ask
 from ray_mnist.ray_internals import end_workers, worker_name
-from ray_mnist.ray_scaling_internals import policies
+from ray_mnist.ray_scaling_internals import asking, policies
 
 ANSWER_S = 10  # in which a worker that is well answers
 
@@ -45,7 +45,7 @@ def output_files() -> str:
 class Watch(Protocol):
     """What `WatchedGroup` needs of a `StallWatch`."""
 
-    def begin(self, workers: list[tuple[str, Callable[[Callable[[], Any]], "Future[Any]"]]]) -> None:
+    def begin(self, workers: list[tuple[str, Ask]]) -> None:
         """Takes each rank's host, and what has its process call a function."""
 
     def look(self) -> Mapping[int, Exception]:
@@ -63,10 +63,6 @@ class WatchedGroup(WorkerGroupCallback):
 
     def after_worker_group_training_start(self, worker_group: WorkerGroup) -> None:
         """Begins to watch, each time that workers are started."""
-
-        def asking(worker: Any) -> Any:
-            return lambda function: worker.execute_async(function).future()
-
         self.watch.begin([(worker.metadata.hostname, asking(worker)) for worker in worker_group.get_workers()])
 
     def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:

@@ -14,6 +14,7 @@ from ray_mnist.errors import TrainingError
 from ray_mnist.launch import pause
 from ray_mnist.launch.channel import Send
 from ray_mnist.launch.failures import in_time
+from ray_mnist.launch.stalls import Ask
 from ray_mnist.run.events import WorkersChanged
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.records import add_change
@@ -29,7 +30,7 @@ class Member:
 
     node: str
     host: str
-    ask: Callable[[Callable[[], Any]], "Future[Any]"]
+    ask: Ask
 
 
 class Exchange:
