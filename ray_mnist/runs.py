@@ -9,7 +9,7 @@ import pyarrow.fs
 
 from ray_mnist.cli import console
 from ray_mnist.cli.parser import make_command
-from ray_mnist.cli.saved_run import SavedRun, folder_at
+from ray_mnist.cli.saved_run import RUN_FOLDER, SavedRun, folder_at
 from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError, one_line
 from ray_mnist.run import lock
@@ -31,7 +31,7 @@ def runs() -> None:
             "runs compare", "Show two runs beside each other: what was asked for, and what came of it."
         )
         for name in ("a", "b"):
-            parser.add_argument(name, help="folder or URI of a run, or of a sweep, whose winner is taken")
+            parser.add_argument(name, help=RUN_FOLDER)
         options = parser.parse_args(sys.argv[2:])
         lines = comparison(SavedRun(folder_at(options.a)), SavedRun(folder_at(options.b)))
     else:

@@ -250,7 +250,7 @@ def instantiate(parser: Parser, config: Namespace) -> "tuple[LightningModule, Li
 
 
 def make(parser: Parser, config: Namespace, name: str) -> Any:
-    """What `config` says of the `model` or of the `data`, instantiated.
+    """What `config` says of the `model`, the `data` or the `trainer`, with the objects that it names.
 
     Raises:
         RequestError: the class does not take its arguments.
