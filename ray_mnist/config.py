@@ -77,6 +77,11 @@ class RunConfig:
             raise RequestError(f"--name {self.name!r} cannot be a folder's name: leave out '/' and a leading dot.")
 
     @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change while the run goes on."""
+        return isinstance(self.num_workers, tuple)
+
+    @property
     def min_workers(self) -> int:
         """The fewest workers that the run goes on with."""
         return self.num_workers[0] if isinstance(self.num_workers, tuple) else int(self.num_workers)

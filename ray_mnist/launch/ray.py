@@ -256,13 +256,13 @@ def make_trainer(
 
 def least(config: RunConfig) -> int | None:
     """The fewest workers that a run goes on with, if it does so with fewer than it can have."""
-    return config.min_workers if isinstance(config.num_workers, tuple) else None
+    return config.min_workers if config.elastic else None
 
 
 def ray_train_settings(config: RunConfig) -> dict[str, str]:
     """Environment variables that Ray Train reads when the run starts."""
     wait_less = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(PLACE_S)}  # how many have room may change at any time
-    return RAY_TRAIN_SETTINGS | (wait_less if least(config) else {})
+    return RAY_TRAIN_SETTINGS | (wait_less if config.elastic else {})
 
 
 def in_thread(call: Callable[[], Any], stop: Callable[[], None]) -> Any:

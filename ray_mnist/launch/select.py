@@ -82,7 +82,7 @@ def on_ray(job: Job, config: RunConfig, keep_s: float) -> Prepared:
     from ray_mnist.launch.keeping import KEEPER
 
     check_serializable_job(job)
-    if isinstance(config.num_workers, tuple) and not job.lightning.get("use_distributed_sampler", True):
+    if config.elastic and not job.lightning.get("use_distributed_sampler", True):
         raise RequestError(
             "num_workers as a range and use_distributed_sampler=False were both given: what your loaders share out "
             "themselves would be shared out anew with each change, give one number."
@@ -98,13 +98,13 @@ def on_ray(job: Job, config: RunConfig, keep_s: float) -> Prepared:
         preflight.check_shared_storage(job.folder, cluster)
         where = f"{workers(config)} on {'GPU' if config.use_gpu else 'CPU'}, Ray {cluster}"
         # Kept workers have room that an elastic run would wait for.
-        keep = keep_s > 0 and ray.least(config) is None
+        keep = keep_s > 0 and not config.elastic
         yield where, lambda tell: ray.launch(job, placed, tell, keep=keep)
 
 
 def workers(config: RunConfig) -> str:
     """Such as `1 worker`, `4 workers` or `2 to 4 workers`."""
-    least = f"{config.min_workers} to " if config.min_workers < config.max_workers else ""
+    least = f"{config.min_workers} to " if config.elastic else ""
     return f"{least}{config.max_workers} worker{'s' if config.max_workers > 1 else ''}"
 
 

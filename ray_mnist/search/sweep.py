@@ -102,7 +102,7 @@ class Sweep:
         self.config = RunConfig(**{name: value for name, value in arguments.items() if name in OPTIONS})
         if self.config.tpu_cores:
             raise RequestError("--tpu-cores: trials train on CPUs or GPUs, drop it.")
-        if isinstance(self.config.num_workers, tuple):
+        if self.config.elastic:
             raise RequestError("--num-workers: a trial keeps as many workers as it starts with, give one number.")
         theirs = {name: value for name, value in arguments.items() if name not in set(OPTIONS) - {"max_epochs"}}
         self.lightning = for_lightning(theirs | {"logger": arguments.get("logger", False)}, self.config)
