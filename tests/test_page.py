@@ -82,7 +82,7 @@ VALUES |= {"seconds": {"startup": 10.0, "fit": 60.0, "test": 0.0, "total": 80.0}
 def written(folder: Path, result: Outcome, class_names: tuple[str, ...] | None = None) -> Page:
     run = RunFolder(str(folder), "run")
     run.write("config.yaml", "model: <Net>\n")
-    page.write(run, VALUES, result, class_names, started=1000.0)
+    page.write(run, VALUES, result, class_names, plots={}, started=1000.0)
     return Page(run.read("report.html").decode())
 
 

@@ -29,22 +29,24 @@ SHOWN = {
 
 
 def write(
-    folder: RunFolder, values: dict[str, Any], outcome: Outcome, class_names: tuple[str, ...] | None, started: float
+    folder: RunFolder,
+    values: dict[str, Any],
+    outcome: Outcome,
+    class_names: tuple[str, ...] | None,
+    plots: dict[str, bytes],
+    started: float,
 ) -> None:
-    """Writes it from `values`, which is result.json, the outcome, and the config.yaml and plots that are there.
+    """Writes it from `values`, which is result.json, the outcome, the plots, and the config.yaml that is there.
 
     Args:
         folder: the run folder.
         values: result.json.
         outcome: of the run.
         class_names: what each label means, if the data says so.
+        plots: the PNG files, by their names.
         started: when, in seconds since the epoch.
     """
-    pictures = {
-        name: base64.b64encode(folder.read(f"plots/{name}.png")).decode()
-        for name in ("loss", "accuracy", "confusion", "mistakes")
-        if folder.has(f"plots/{name}.png")
-    }
+    pictures = {name: base64.b64encode(png).decode() for name, png in plots.items()}
     seconds = values["seconds"]
     phases = {phase: seconds[phase] for phase in ("startup", "fit", "test") if seconds[phase]}
     own = {name: value for metrics in outcome.test_metrics for name, value in metrics.items()}

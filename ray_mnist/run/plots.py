@@ -16,20 +16,22 @@ READABLE_CLASSES = 50  # a confusion matrix of more is drawn without numbers and
 MOST_CLASSES = 1000  # one of more than these is not drawn: a cell would be less than a pixel
 
 
-def draw(folder: RunFolder, outcome: Outcome, class_names: tuple[str, ...] | None) -> None:
-    """Writes `plots/*.png`: those for which the run has something to show."""
+def draw(folder: RunFolder, outcome: Outcome, class_names: tuple[str, ...] | None) -> dict[str, bytes]:
+    """Writes `plots/*.png`, those for which the run has something to show; returns what is in each, by its name."""
+    drawn: dict[str, bytes] = {}
     for metric in ("loss", "accuracy"):
         if any(f"{part}_{metric}" in row for row in outcome.history for part in ("train", "val")):
-            save(folder, metric, curves(outcome.history, metric))
+            drawn[metric] = save(folder, metric, curves(outcome.history, metric))
     if outcome.confusion:
         names = names_of(class_names, outcome.classes)
         if outcome.classes <= MOST_CLASSES:
-            save(folder, "confusion", confusion(outcome.confusion, names))
+            drawn["confusion"] = save(folder, "confusion", confusion(outcome.confusion, names))
         pictures = [
             found for found in outcome.mistakes if found["image"].ndim == 3 and len(found["image"]) in (1, 3, 4)
         ]
         if pictures or not outcome.mistakes:
-            save(folder, "mistakes", mistakes(pictures, names))
+            drawn["mistakes"] = save(folder, "mistakes", mistakes(pictures, names))
+    return drawn
 
 
 def names_of(class_names: tuple[str, ...] | None, count: int) -> tuple[str, ...]:
@@ -37,11 +39,12 @@ def names_of(class_names: tuple[str, ...] | None, count: int) -> tuple[str, ...]
     return class_names if class_names and len(class_names) == count else tuple(map(str, range(count)))
 
 
-def save(folder: RunFolder, name: str, figure: Figure) -> None:
-    """Writes `plots/<name>.png`."""
+def save(folder: RunFolder, name: str, figure: Figure) -> bytes:
+    """Writes `plots/<name>.png`; returns what is in it."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120, bbox_inches="tight")
     folder.write(f"plots/{name}.png", png.getvalue())
+    return png.getvalue()
 
 
 def curves(history: list[Row], metric: str) -> Figure:

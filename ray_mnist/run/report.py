@@ -78,8 +78,8 @@ def write_result(
     folder.write("metrics.csv", metrics_csv(outcome.history))
     folder.write("result.json", to_json(values))
     class_names = getattr(data.get("datamodule"), "class_names", None)
-    plots.draw(folder, outcome, class_names)
-    page.write(folder, values, outcome, class_names, started)
+    drawn = plots.draw(folder, outcome, class_names)
+    page.write(folder, values, outcome, class_names, drawn, started)
     return Result(path=str(folder), values=values, history=outcome.history, test_metrics=outcome.test_metrics)
 
 
