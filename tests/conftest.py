@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -135,8 +136,10 @@ def bucket() -> Iterator[str]:
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    urllib.request.urlopen(f"{address}/moto-api/reset", data=b"")  # what it has is the process's
     with pytest.MonkeyPatch.context() as patch:
-        yield use_s3_at("http://{}:{}".format(*server.get_host_and_port()), patch)
+        yield use_s3_at(address, patch)
     server.stop()
 
 

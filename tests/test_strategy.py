@@ -1,8 +1,6 @@
 """What is added to Lightning's strategies: a remote checkpoint is downloaded once on each node."""
 
 import tempfile
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +11,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from moto.server import ThreadedMotoServer
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 from ranks import on_ranks
 
@@ -21,25 +18,6 @@ from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.distributed.strategy import LoadsOncePerNode, ShardsLoaders, StaysOnDevice, extend, on_each_node
 
 pytestmark = pytest.mark.timeout(200)
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URI of a bucket in an object store."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"")  # what it has is the process's
-    boto3.client("s3").create_bucket(Bucket="bucket")
-    yield "s3://bucket"
-    server.stop()
 
 
 @pytest.mark.parametrize("made_by", [SingleDeviceStrategy, DDPStrategy, FSDPStrategy, DeepSpeedStrategy])
@@ -74,7 +52,7 @@ def copies() -> list[Path]:
 
 
 def test_the_first_rank_of_each_node_downloads_for_all_of_them(bucket: str) -> None:
-    boto3.client("s3").put_object(Bucket="bucket", Key="runs/run/checkpoint.ckpt", Body=b"weights")
+    boto3.client("s3").put_object(Bucket="bucket", Key="alone/checkpoint.ckpt", Body=b"weights")
 
     def load(rank: int) -> Any:
         downloads: list[str] = []
@@ -93,7 +71,7 @@ def test_the_first_rank_of_each_node_downloads_for_all_of_them(bucket: str) -> N
 
         # Ranks 0 and 1 are on a node, rank 2 on another.
         strategy = SimpleNamespace(local_rank=[0, 1, 0][rank], broadcast=broadcast, barrier=dist.barrier)
-        with on_each_node(strategy, f"{bucket}/runs/run/checkpoint.ckpt") as path:
+        with on_each_node(strategy, f"{bucket}/alone/checkpoint.ckpt") as path:
             content = Path(path).read_bytes()
         dist.barrier()
         return path, content, len(downloads), Path(path).parent.exists()
