@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ from ray.cluster_utils import Cluster as LocalCluster
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.callbacks import Recorder
+from ray_mnist.launch import pause
 from ray_mnist.launch import ray as on_ray
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.records import CHANGES, read_failures
@@ -34,7 +35,10 @@ STEPS_PER_EPOCH = 17  # digits: 1,151 training samples in global batches of 64
 
 
 class Gate(pl.Callback):
-    """Has rank 0, and the others with it, wait until steps are open; tells how far how many workers have come."""
+    """Has rank 0, and the others with it, wait until steps are open, or until it is told to make room for other workers.
+
+    It tells how far how many workers have come.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,7 +69,7 @@ class Gate(pl.Callback):
         if trainer.is_global_zero:
             with (self.folder / "log").open("a") as log:
                 log.write(f"{trainer.global_step} {trainer.world_size} {ray.get_runtime_context().get_node_id()}\n")
-            while int((self.folder / "open").read_text()) <= trainer.global_step:
+            while int((self.folder / "open").read_text()) <= trainer.global_step and not pause.HERE[0].stop.is_set():
                 time.sleep(0.05)
 
 
@@ -112,14 +116,6 @@ class Running:
         return self.fitted.result(120)
 
 
-def let_steps_pass(gate: Gate, num_workers: int, until: Callable[[], bool]) -> None:
-    """Opens one step after the other."""
-    while not until():
-        step = gate.last(num_workers)
-        gate.open(step + 1)
-        wait_until(lambda: until() or gate.last(num_workers) > step, 120, f"step {step}")  # noqa: B023
-
-
 def changes_of(folder: RunFolder) -> list[tuple[int, int, str]]:
     lines = folder.read(CHANGES).decode().splitlines() if folder.has(CHANGES) else []
     return [tuple(json.loads(line).values()) for line in lines]
@@ -136,7 +132,7 @@ def test_a_run_grows_and_shrinks_with_its_cluster_and_has_the_same_loss_curve(
     gate.open(5)
     wait_until(lambda: gate.last(2) == 5, 120, "two workers")
     third = nodes.add_node(num_cpus=1)
-    let_steps_pass(gate, 2, until=lambda: gate.last(3) >= 0)
+    wait_until(lambda: gate.last(3) == 6, 120, "three workers at the next step")
     gate.open(STEPS_PER_EPOCH + 5)
     wait_until(lambda: gate.last(3) == STEPS_PER_EPOCH + 5, 120, "three workers in the second epoch")
     nodes.remove_node(third, allow_graceful=False)
@@ -181,7 +177,7 @@ def test_a_run_leaves_a_machine_that_will_be_taken_away_without_losing_a_step(
         environment = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{metadata.host}", "RAY_ADDRESS": nodes.address}
         agent = [sys.executable, "-m", "ray_mnist.notices", "aws", "--node-id", node]
         subprocess.run(agent, env=os.environ | environment, timeout=60, check=True)
-    let_steps_pass(gate, 2, until=lambda: gate.steps[-1][2] != node)
+    wait_until(lambda: gate.steps[-1][2] != node, 120, "other workers")
     gate.open(EPOCHS * STEPS_PER_EPOCH)
     trainer = running.done()
     host = socket.gethostname()
