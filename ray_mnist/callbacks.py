@@ -256,7 +256,8 @@ class Mistakes(Callback):
     """Counts the test samples and, where `test_step` returns `logits`, finds confusion and the worst mistakes.
 
     After the test rank 0 has those of all ranks: `confusion`, how often each pair of label and prediction occurred
-    among `classes` classes, and `worst`, the mistakes that the model was surest of.
+    among `classes` classes, and `worst`, the mistakes that the model was surest of. `first_layer` has the weights
+    of the model's first layer, float (N, C, height, width), if they can be shown as pictures.
     """
 
     def __init__(self, keep: int = 25) -> None:
@@ -264,6 +265,7 @@ class Mistakes(Callback):
         self.samples = self.classes = 0
         self.confusion = Counter[tuple[int, int]]()
         self.worst: list[dict[str, Any]] = []
+        self.first_layer: np.ndarray | None = None
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -273,6 +275,8 @@ class Mistakes(Callback):
             return
         (images, labels), logits = batch, outputs["logits"]
         self.classes = logits.shape[1]
+        if self.first_layer is None:
+            self.first_layer = first_layer(pl_module, images.shape[1:])
         chance, predicted = logits.softmax(dim=1).max(dim=1)
         # Pairs, and not a matrix of all classes, which may be many. A label may be none of them, to be ignored.
         pairs = zip(labels.tolist(), predicted.tolist(), strict=True)
@@ -297,6 +301,23 @@ class Mistakes(Callback):
 
     def _sort(self) -> None:
         self.worst = sorted(self.worst, key=lambda mistake: -mistake["chance"])[: self.keep]
+
+
+def first_layer(model: LightningModule, shape: torch.Size) -> np.ndarray | None:
+    """The weights (N, C, height, width) of a model's first layer, if it is linear or convolves, and fits the images.
+
+    Args:
+        model: the model.
+        shape: of an image: C, height, width.
+    """
+    if len(shape) != 3:
+        return None
+    weight = next((weight for weight in model.parameters() if weight.ndim > 1), None)
+    if type(weight) is not torch.nn.Parameter:  # one that is shared out over the ranks is of another class
+        return None
+    if weight.ndim == 2 and weight.shape[1] == shape.numel():
+        return weight.detach().float().cpu().reshape(-1, *shape).numpy()
+    return weight.detach().float().cpu().numpy() if weight.ndim == 4 and weight.shape[1] == shape[0] else None
 
 
 def is_labelled(batch: Any) -> bool:

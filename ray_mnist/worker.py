@@ -168,6 +168,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
         outcome.test_metrics = [dict(metrics) for metrics in tested]
         outcome.test_samples = mistakes.samples
         outcome.classes, outcome.confusion, outcome.mistakes = mistakes.classes, mistakes.confusion, mistakes.worst
+        outcome.first_layer = mistakes.first_layer
     return outcome
 
 

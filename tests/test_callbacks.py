@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_mnist.callbacks import Mistakes
+from ray_mnist.callbacks import Mistakes, first_layer
 from ray_mnist.run import plots
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Outcome, TrainerState
@@ -71,3 +71,18 @@ def test_a_confusion_matrix_is_drawn_up_to_what_can_be_seen(classes: int, drawn:
     plots.draw(RunFolder(str(tmp_path), "run"), outcome, None)
     expected = {"confusion.png", "mistakes.png"} if drawn else {"mistakes.png"}
     assert {path.name for path in (tmp_path / "run/plots").iterdir()} == expected
+
+
+@pytest.mark.parametrize(
+    ("layer", "image", "shape"),
+    [
+        (torch.nn.Linear(12, 5), (3, 2, 2), (5, 3, 2, 2)),
+        (torch.nn.Conv2d(3, 7, 5), (3, 9, 9), (7, 3, 5, 5)),
+        (torch.nn.Linear(12, 5), (1, 3, 3), None),
+        (torch.nn.Linear(12, 5), (12,), None),
+        (torch.nn.Identity(), (1, 3, 3), None),
+    ],
+)
+def test_weights_are_pictures_where_they_fit_the_images(layer: Any, image: Any, shape: Any) -> None:
+    found = first_layer(layer, torch.Size(image))
+    assert (None if found is None else found.shape) == shape

@@ -35,7 +35,7 @@ STEPS_PER_EPOCH = 17  # digits: 1,151 training samples in global batches of 64
 
 
 class Gate(pl.Callback):
-    """Has rank 0, and the others with it, wait until steps are open, or until it is told to make room for other workers.
+    """Has rank 0, and the others with it, wait until steps are open, or until it is told to make room for others.
 
     It tells how far how many workers have come.
     """

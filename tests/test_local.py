@@ -145,7 +145,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_the_run_folder_has_every_file_of_the_contract(whole: Run) -> None:
-    plots = {f"plots/{name}.png" for name in ("loss", "accuracy", "confusion", "mistakes")}
+    plots = {f"plots/{name}.png" for name in ("loss", "accuracy", "confusion", "mistakes", "weights")}
     checkpoint = {f"{checkpoint_name(LAST)}/{file}" for file in (CHECKPOINT, CHECKSUM)}
     files = {file for file in contents(whole.folder) if not file.startswith("tensorboard/")}
     assert files == {"config.yaml", "metrics.csv", "report.html", "result.json", *checkpoint, *plots}
@@ -715,7 +715,9 @@ class OwnWithLogits(Own):
         return {"logits": self.layer(batch[0].flatten(1))}
 
 
-@pytest.mark.parametrize(("model", "plots"), [(Own, set()), (OwnWithLogits, {"confusion.png", "mistakes.png"})])
+@pytest.mark.parametrize(
+    ("model", "plots"), [(Own, set()), (OwnWithLogits, {"confusion.png", "mistakes.png", "weights.png"})]
+)
 def test_a_model_of_ones_own_trains(tmp_path: Path, model: type[Own], plots: set[str]) -> None:
     run = train(tmp_path, "own", model=model)
     assert {run.result[key] for key in ("train_loss", "val_loss", "val_accuracy", "test_loss", "test_accuracy")} == {

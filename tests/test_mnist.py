@@ -39,7 +39,7 @@ def test_the_main_job_on_digits(command: Command, tmp_path: Path) -> None:
     assert result["test_accuracy"] >= 0.93
     assert (result["num_workers"], result["restarts"], result["device"]) == (2, 0, "cpu")
     plots = {path.name for path in (tmp_path / "runs/run/plots").iterdir()}
-    assert plots == {"loss.png", "accuracy.png", "confusion.png", "mistakes.png"}
+    assert plots == {"loss.png", "accuracy.png", "confusion.png", "mistakes.png", "weights.png"}
     rows = read_metrics(RunFolder(str(tmp_path / "runs"), "run"))
     assert [row["epoch"] for row in rows] == list(range(1, 11))
     assert all(row["samples_per_second"] > 0 and row["seconds"] > 0 for row in rows)

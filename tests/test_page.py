@@ -15,6 +15,9 @@ from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.run import page
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Outcome, TrainerState
+from ray_mnist.search import page as sweep_page
+from ray_mnist.search import plots as sweep_plots
+from ray_mnist.search.results import TrialRow, as_table
 
 VOID = {"meta", "img", "br"}
 
@@ -52,7 +55,15 @@ def test_a_run_leaves_a_page_that_says_all_of_it(tmp_path: Path) -> None:
     text = (tmp_path / "run/report.html").read_text()
     found, values = Page(text), trainer.result.values
     assert found.all("h1") == ["SimpleModel on digits"]
-    assert found.all("h2") == ["Time", "Curves and confusion", "Classes", "Worst mistakes", "Epochs", "Configuration"]
+    assert found.all("h2") == [
+        "Time",
+        "Curves and confusion",
+        "Classes",
+        "Worst mistakes",
+        "What the first layer looks for",
+        "Epochs",
+        "Configuration",
+    ]
     shown = dict(zip(found.all("dt"), found.all("dd"), strict=True))
     assert shown["test accuracy"] == f"{values['test_accuracy']:.4f}"
     assert shown["train samples"] == "1,151"
@@ -60,7 +71,7 @@ def test_a_run_leaves_a_page_that_says_all_of_it(tmp_path: Path) -> None:
     assert (tmp_path / "run/config.yaml").read_text().strip() in found.all("pre")
     assert f"{values['val_loss']:.5g}" in found.all("td")
     pictures = [Image.open(io.BytesIO(base64.b64decode(link.partition("base64,")[2]))) for link in found.links]
-    assert [picture.format for picture in pictures] == ["PNG"] * 4
+    assert [picture.format for picture in pictures] == ["PNG"] * 5
     assert all(link.startswith("data:image/png;base64,") for link in found.links)
     assert not re.search(r"https?://|@import|url\(|<script", text)
     assert "prefers-color-scheme: dark" in text
@@ -77,6 +88,42 @@ def outcome(**changed: object) -> Outcome:
 VALUES = {"name": "run", "dataset": "<Own>", "model": "Net", "device": "cpu", "num_workers": 2, "seed": 0, "steps": 5}
 VALUES |= {"test_loss": None, "test_accuracy": None, "restarts": 1, "versions": {"torch": "2"}}
 VALUES |= {"seconds": {"startup": 10.0, "fit": 60.0, "test": 0.0, "total": 80.0}}
+
+
+def trial(name: str, lr: float, layers: str, *losses: float, status: str = "done") -> TrialRow:
+    history = [{"epoch": float(epoch), "val_loss": loss} for epoch, loss in enumerate(losses, 1)]
+    return TrialRow(name, {"model.lr": lr, "model.layers": layers}, history, status, 2.0)
+
+
+def test_a_sweep_leaves_a_page_with_all_trials_and_the_best(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "sweep")
+    folder.write("best_config.yaml", "model: <Net>\n")
+    rows = [
+        trial("a", 0.0012345, "one", 0.5, 0.25),
+        trial("b", 1.0, "two", 0.75, status="stopped early"),
+        trial("c", 2.0, "one", status="failed: ValueError: <bug>"),
+    ]
+    values = {"name": "sweep", "dataset": "digits", "model": "<Net>", "trial": "a", "trials": 3, "failed": 1}
+    values |= {"stopped_early": 1, "parameters": rows[0].parameters, "epochs": 2, "val_loss": 0.25, "seconds": 9.0}
+    values |= {"val_accuracy": None, "test_accuracy": 0.875, "versions": {"ray": "2"}}
+    drawn = sweep_plots.draw(folder, rows, "val_loss", "min")
+    sweep_page.write(folder, values, as_table(rows, "val_loss", "min"), "val_loss", drawn, started=1000.0)
+    found = Page(folder.read("report.html").decode())
+    assert found.all("h1") == ["Sweep of <Net> on digits"]
+    assert "3 trials, 1 of them failed, 1 stopped early, in 9.0 s" in found.all("p")[0]
+    assert dict(zip(found.all("dt"), found.all("dd"), strict=True)) == {
+        "model.lr": "0.001234",
+        "model.layers": "one",
+        "test accuracy": "0.8750",
+        "val loss": "0.2500",
+        "epochs": "2",
+    }
+    shown = ["epochs", "val loss", "val accuracy", "status", "seconds"]
+    assert found.all("th") == ["trial", "model.lr", "model.layers", *shown]
+    assert [cell for cell in found.all("td") if cell in "abc" or "bug" in cell] == ["a", "b", "c", rows[2].status]
+    assert found.all("pre") == ["model: <Net>"]
+    assert len(found.links) == len(drawn) == 3
+    assert all(link.startswith("data:image/png;base64,") for link in found.links)
 
 
 def written(folder: Path, result: Outcome, class_names: tuple[str, ...] | None = None) -> Page:

@@ -73,3 +73,29 @@ def test_each_parameter_has_a_panel_of_its_own() -> None:
         [[0, 0.5], [1, 0.9]],
     ]
     assert [label.get_text() for label in panels[2].get_xticklabels()] == ["None", "layer"]
+
+
+def test_each_trial_is_a_line_through_its_values_and_what_came_of_them() -> None:
+    points = [
+        ({"model.lr": 1e-4, "model.norm": None}, 0.5),
+        ({"model.lr": 1e-2, "model.norm": "layer"}, 1.0),
+        ({"model.lr": 1.0, "model.norm": "layer"}, 0.75),
+    ]
+    (axes,) = plots.parallel(points, "val_accuracy", "max").axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["model.lr", "model.norm", "val_accuracy"]
+    lines = [line for line in axes.lines if len(line.get_ydata()) == 3]
+    assert [list(line.get_ydata()) for line in lines] == [
+        pytest.approx(line) for line in ([0, 0, 0], [1, 1, 0.5], [0.5, 1, 1])
+    ]
+    assert [line.get_linewidth() > 2 for line in lines] == [False, False, True]
+    darkness = [-sum(line.get_color()[:3]) for line in lines]
+    assert darkness == sorted(darkness)
+    written = {(note.xy[0], round(note.xy[1], 6)): note.get_text() for note in axes.texts}
+    assert written == {(0, 0): "0.0001", (0, 1): "1", (1, 0): "None", (1, 1): "layer", (2, 0): "0.5", (2, 1): "1"}
+    (axes,) = plots.parallel(points, "val_loss", "min").axes
+    assert max(axes.lines, key=lambda line: line.get_linewidth()).get_ydata()[-1] == 0
+
+
+def test_trials_that_are_all_alike_are_drawn() -> None:
+    assert plots.on_axis([3, 3]) == ([0.0, 0.0], {0.0: "3"})
+    assert plots.on_axis([True, True]) == ([0.0, 0.0], {0.0: "True"})

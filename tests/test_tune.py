@@ -246,7 +246,12 @@ def test_failed_trials_are_rows_with_their_reasons_and_the_best_of_the_rest_wins
     assert best["model"]["init_args"]["lr"] == 0.005
     assert (tmp_path / "sweep" / "best" / "checkpoint.ckpt").is_file()
     assert not list((tmp_path / "sweep" / "trials").glob("*/checkpoint_*"))
-    assert {path.name for path in (tmp_path / "sweep" / "plots").iterdir()} == {"curves.png", "parameters.png"}
+    assert {path.name for path in (tmp_path / "sweep" / "plots").iterdir()} == {
+        "curves.png",
+        "parallel.png",
+        "parameters.png",
+    }
+    assert "a bug at 0.25" in (tmp_path / "sweep" / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor  # slow to import
 
 Row = dict[str, float]
@@ -54,3 +55,4 @@ class Outcome:
     classes: int = 0  # that the model tells apart
     confusion: Counter[tuple[int, int]] = field(default_factory=Counter)  # of labels and predictions
     mistakes: list[dict[str, Any]] = field(default_factory=list)
+    first_layer: "np.ndarray | None" = None  # float (N, C, height, width)

@@ -46,14 +46,14 @@ def write(
         plots: the PNG files, by their names.
         started: when, in seconds since the epoch.
     """
-    pictures = {name: base64.b64encode(png).decode() for name, png in plots.items()}
+    pictures = encoded(plots)
     seconds = values["seconds"]
     phases = {phase: seconds[phase] for phase in ("startup", "fit", "test") if seconds[phase]}
     own = {name: value for metrics in outcome.test_metrics for name, value in metrics.items()}
-    page = Environment(
-        loader=PackageLoader("ray_mnist", "run"), autoescape=True, undefined=StrictUndefined
-    ).get_template("report.html.jinja")
-    text = page.render(
+    text = render(
+        "run/report.html.jinja",
+        name=folder.name,
+        versions=values["versions"],
         values=values,
         begun=time.strftime("%Y-%m-%d %H:%M", time.localtime(started)),
         results=results(values | {name: value for name, value in own.items() if name not in values}),
@@ -61,6 +61,7 @@ def write(
         total=max(seconds["total"], sum(phases.values())),
         failures=failures(folder, started, seconds["total"]),
         mistakes=pictures.pop("mistakes", None),
+        weights=pictures.pop("weights", None),
         graphs=pictures,
         classes=classes(outcome.confusion, names_of(class_names, outcome.classes)),
         history=outcome.history,
@@ -68,6 +69,17 @@ def write(
         config=folder.read("config.yaml").decode() if folder.has("config.yaml") else "",
     )
     folder.write("report.html", text)
+
+
+def render(template: str, **values: Any) -> str:
+    """A page, from a template of this package; what is missing in `values` is an error, and their text is escaped."""
+    loader = PackageLoader("ray_mnist", ".")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(template).render(values)
+
+
+def encoded(plots: dict[str, bytes]) -> dict[str, str]:
+    """PNG files as a page has them in itself."""
+    return {name: base64.b64encode(png).decode() for name, png in plots.items()}
 
 
 def results(values: dict[str, Any]) -> dict[str, str]:

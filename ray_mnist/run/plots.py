@@ -1,4 +1,4 @@
-"""The pictures of a run: curves, confusion matrix, worst mistakes."""
+"""The pictures of a run: curves, confusion matrix, worst mistakes, the first layer's weights."""
 
 import io
 from collections import Counter
@@ -13,6 +13,7 @@ from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Outcome, Row
 
 READABLE_CLASSES = 50  # a confusion matrix of more is drawn without numbers and names
+MOST_WEIGHTS = 64  # of the first layer are shown
 MOST_CLASSES = 1000  # one of more than these is not drawn: a cell would be less than a pixel
 
 
@@ -31,6 +32,8 @@ def draw(folder: RunFolder, outcome: Outcome, class_names: tuple[str, ...] | Non
         ]
         if pictures or not outcome.mistakes:
             drawn["mistakes"] = save(folder, "mistakes", mistakes(pictures, names))
+    if outcome.first_layer is not None and outcome.first_layer.shape[1] in (1, 3):
+        drawn["weights"] = save(folder, "weights", weights(outcome.first_layer))
     return drawn
 
 
@@ -97,4 +100,21 @@ def mistakes(found: list[dict[str, Any]], names: tuple[str, ...], columns: int =
         )
     if not found:
         figure.suptitle("no mistakes")
+    return figure
+
+
+def weights(layer: np.ndarray, columns: int = 16) -> Figure:
+    """The weights (N, 1 or 3, height, width) of a layer's first units, each as a picture: what it looks for."""
+    shown = layer[:MOST_WEIGHTS].transpose(0, 2, 3, 1)
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(9, 0.6 * rows))
+    cells = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for cell in cells:
+        cell.axis("off")
+    for cell, picture in zip(cells, shown, strict=False):
+        most = np.abs(picture).max() or 1
+        if picture.shape[2] == 1:
+            cell.imshow(picture[:, :, 0], cmap="RdBu_r", vmin=-most, vmax=most)
+        else:
+            cell.imshow(0.5 + picture / (2 * most))
     return figure

@@ -63,15 +63,23 @@ def reason(error: BaseException) -> str:
     return text.rpartition("TrainingError: ")[2][:300]
 
 
-def trials_csv(rows: list[TrialRow], metric: str, mode: str) -> str:
-    """One row a trial."""
+def as_table(rows: list[TrialRow], metric: str, mode: str) -> list[dict[str, Any]]:
+    """One row a trial; None where it has no such value."""
     names = list(dict.fromkeys(name for row in rows for name in row.parameters))
     shown = list(dict.fromkeys(["val_loss", "val_accuracy", metric]))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", *names, "epochs", *shown, "status", "seconds"])
+    table = []
     for row in rows:
         best = row.best(metric, mode) or {}
-        values = [row.parameters.get(name) for name in names]
-        writer.writerow([row.name, *values, len(row.history), *(best.get(m) for m in shown), row.status, row.seconds])
+        found = {name: row.parameters.get(name) for name in names} | {"epochs": len(row.history)}
+        found |= {name: best.get(name) for name in shown}
+        table.append({"trial": row.name, **found, "status": row.status, "seconds": row.seconds})
+    return table
+
+
+def trials_csv(table: list[dict[str, Any]]) -> str:
+    """The table as a file's text."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, table[0] if table else (), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
     return text.getvalue()

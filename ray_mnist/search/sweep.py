@@ -23,7 +23,7 @@ from ray_mnist.run import lock, report
 from ray_mnist.run.folder import RunFolder, checkpoint_name
 from ray_mnist.run.records import read_metrics, to_json
 from ray_mnist.search import space
-from ray_mnist.search.results import STOPPED_EARLY, SweepResult, TrialRow, reason, trials_csv, winner_of
+from ray_mnist.search.results import STOPPED_EARLY, SweepResult, TrialRow, as_table, reason, trials_csv, winner_of
 from ray_mnist.search.table import Table, on_terminal
 from ray_mnist.search.trial import Build, Interrupted, Plan, Trial, bundles, test_winner
 from ray_mnist.worker import Job
@@ -234,9 +234,10 @@ class Sweep:
         return TrialRow(name, dict(result.config or {}), history, status, metrics.get("time_total_s", 0.0))
 
     def _hand_over(self, folder: RunFolder, rows: list[TrialRow], started: float) -> SweepResult:
-        from ray_mnist.search import plots
+        from ray_mnist.search import page, plots  # slow to import
 
-        folder.write("trials.csv", trials_csv(rows, self.sweep.metric, self.sweep.mode))
+        table = as_table(rows, self.sweep.metric, self.sweep.mode)
+        folder.write("trials.csv", trials_csv(table))
         winner, best = winner_of(rows, self.sweep.metric, self.sweep.mode)
         with trial_folder(folder, winner.name).local_checkpoint(checkpoint_name(int(best["step"]))) as path:
             assert path is not None, "a run folder keeps its best checkpoint"
@@ -263,7 +264,8 @@ class Sweep:
             "versions": report.versions(),
         }
         folder.write("result.json", to_json(values))
-        plots.draw(folder, rows, self.sweep.metric, self.sweep.mode)
+        drawn = plots.draw(folder, rows, self.sweep.metric, self.sweep.mode)
+        page.write(folder, values, table, self.sweep.metric, drawn, started)
         for row in rows:  # the winner's weights are in the sweep folder
             trial_folder(folder, row.name).keep_only()
         return SweepResult(str(folder), values, rows)
