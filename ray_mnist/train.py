@@ -5,13 +5,14 @@ from importlib import import_module
 from threading import Thread
 
 from ray_mnist.cli import console, early
+from ray_mnist.cli.parser import expand, make_options
 
 DESCRIPTION = "Train and test a model, here, on a Ray cluster or on a TPU."
 
 
 def train() -> None:
     """Parses the command line, trains, tests, and names the test accuracy and the run folder."""
-    options = early.answer(DESCRIPTION, sys.argv[1:])
+    options = early.answer(lambda: make_options("train", DESCRIPTION), expand(sys.argv[1:]))
     importing = Thread(target=import_module, args=["ray_mnist.trainer"], daemon=True)
     importing.start()  # which takes seconds, in which Ray starts
     if options and options.num_workers:

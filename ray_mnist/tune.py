@@ -7,9 +7,16 @@ import sys
 
 if __name__ == "__main__":
     from ray_mnist.cli import console, early
+    from ray_mnist.cli.parser import expand
+    from ray_mnist.config import SweepConfig
+    from ray_mnist.search.options import SHORT, make_sweep_options
 
-    early.answer_version("tune", sys.argv[1:])
-    from ray_mnist.search.command import search
+    def search() -> None:
+        """Searches, unless something else was asked for."""
+        early.answer(make_sweep_options, expand(sys.argv[1:], SHORT), SweepConfig)
+        from ray_mnist.search import command
+
+        command.search()
 
     sys.exit(console.exit_status(search))
 else:

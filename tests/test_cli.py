@@ -22,11 +22,12 @@ from conftest import wait_until
 import ray_mnist
 from ray_mnist import train
 from ray_mnist.cli import console, early, parser
-from ray_mnist.config import RunConfig, flag
+from ray_mnist.config import RunConfig, SweepConfig, flag
 from ray_mnist.data import download
 from ray_mnist.data.sources import MNIST_FILES
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.records import read_metrics
+from ray_mnist.search.options import SHORT, make_sweep_options
 
 DIGITS = ["--dataset", "digits"]
 Outcome = tuple[int, str, str]
@@ -318,14 +319,18 @@ def test_a_range_of_workers_is_what_is_written(written: str, tmp_path: Path) -> 
     assert RunConfig(num_workers="3:3").num_workers == RunConfig(num_workers=(3, 3)).num_workers == 3
 
 
+def run_options() -> parser.Parser:
+    return parser.make_options("train", "")
+
+
 @pytest.mark.parametrize(
     "wrong", [["--model=Nope"], ["--data", "nope.Data"], ["--lr", "x"], ["--model", "ConvModel", "--model.width", "3"]]
 )
 def test_nothing_is_started_for_classes_that_cannot_be_made(wrong: list[str]) -> None:
     """Where they may well be, the run options tell what to start while they are imported."""
-    assert early.answer("", wrong) is None
+    assert early.answer(run_options, parser.expand(wrong)) is None
     for right in ([], ["--lr", "0.1"], ["--model=ConvModel"], ["--model", "pytorch_lightning.demos.Net", "--lr", "x"]):
-        assert early.answer("", right) is not None
+        assert early.answer(run_options, parser.expand(right)) is not None
 
 
 PRINTED = {
@@ -353,6 +358,23 @@ def test_a_configuration_is_the_same_before_and_after_all_is_imported(
         assert end.value.code == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] != ""
+
+
+def test_a_sweep_s_configuration_is_the_same_before_and_after_all_is_imported(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = parser.expand(["--space", "model.schedule=constant,cosine", "--dataset=digits"], SHORT)
+    printed = []
+    for ask in (
+        lambda given: early.answer(make_sweep_options, given, SweepConfig),
+        lambda given: parser.parse(parser.add_all_arguments(make_sweep_options()), given, short=False),
+    ):
+        with pytest.raises(SystemExit) as end:
+            ask([*arguments, "--print_config"])
+        assert end.value.code == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "- model.schedule=constant,cosine" in printed[0]
 
 
 EARLY = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"]

@@ -362,13 +362,25 @@ def test_what_is_no_run_is_one_sentence(
 # All of them
 
 
-@pytest.mark.parametrize("command", ["evaluate", "predict", "export", "runs"])
-def test_the_help_does_not_wait_for_torch(command: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "arguments", "status", "said"),
+    [
+        *(
+            (command, ["--help"], 0, "usage: ")
+            for command in ("train", "tune", "evaluate", "predict", "export", "runs")
+        ),
+        ("tune", ["--search", "foo"], 2, "error: --search foo is not known"),
+        ("tune", ["--num-workers", "x"], 2, "error: --num-workers x is not possible"),
+    ],
+)
+def test_the_help_and_what_is_refused_do_not_wait_for_torch(
+    command: str, arguments: list[str], status: int, said: str
+) -> None:
     program = (
         f"import runpy, sys\ntry: runpy.run_module('ray_mnist.{command}', run_name='__main__', alter_sys=True)\n"
-        "except SystemExit as end: assert end.code == 0\n"
+        f"except SystemExit as end: assert end.code == {status}\n"
         "print([name for name in ('torch', 'pytorch_lightning', 'ray') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("usage: ")
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
+    assert (done.stderr if status else done.stdout).startswith(said)
     assert done.stdout.splitlines()[-1] == "[]"

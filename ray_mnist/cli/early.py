@@ -8,13 +8,14 @@ import re
 from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import Namespace
 
-from ray_mnist.cli.parser import DEFAULT_CLASSES, Parser, describe_class, expand, make_options, name_classes
-from ray_mnist.config import OPTIONS, RunConfig
+from ray_mnist.cli.parser import DEFAULT_CLASSES, Parser, describe_class, make_options, name_classes
+from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError
 
 Shape = tuple[int, int, int]
@@ -54,8 +55,13 @@ OURS: dict[str, Callable[..., None]] = {
 }
 
 
-def answer(description: str, arguments: Sequence[str]) -> RunConfig | None:
+def answer(make: Callable[[], Parser], arguments: Sequence[str], *more: Any) -> RunConfig | None:
     """Ends the program with the help or the configuration; comes back where more than that is asked for.
+
+    Args:
+        make: makes a parser of the command's options, without those of classes.
+        arguments: the command's, with short ones written out.
+        *more: data classes that are made of the options, too, and refuse what cannot be.
 
     Returns:
         The run options, unless a `--config` may say otherwise, or model or data are none that there can be.
@@ -63,18 +69,20 @@ def answer(description: str, arguments: Sequence[str]) -> RunConfig | None:
     Raises:
         RequestError: a run option is unknown or has a value that it cannot have.
     """
-    parser = make_options("train", description)
+    parser = make()
     if {"-h", "--help"} & set(arguments):
         of_lightning = "an argument of Lightning's Trainer"
         parser.add_argument("--trainer.ARG", metavar="VALUE", help=of_lightning, default=SUPPRESS)
-    arguments = expand(arguments)
     options = answer_what_is_not_of_classes(parser, without(r"config|print_config|trainer(\..*?)?", arguments))
     if "--config" in {argument.partition("=")[0] for argument in arguments}:
         return None
-    config = RunConfig(**{name: options[name] for name in OPTIONS})
+    config, *_ = (
+        kind(**{field.name: options[field.name] for field in fields(kind) if field.name in options})
+        for kind in (RunConfig, *more)
+    )
     if "--print_config" in arguments and not options.resume:
-        parse_ours(arguments)  # which prints it
-    return config if can_be_made(without("print_config", arguments)) else None
+        parse_ours(make(), arguments)  # which prints it
+    return config if can_be_made(make(), without("print_config", arguments)) else None
 
 
 def answer_what_is_not_of_classes(parser: Parser, arguments: Sequence[str]) -> Namespace:
@@ -118,20 +126,22 @@ def classes(arguments: Sequence[str]) -> dict[str, str]:
     return {option.removeprefix("--"): name for option, _, name in named}
 
 
-def can_be_made(arguments: Sequence[str]) -> bool:
+def can_be_made(parser: Parser, arguments: Sequence[str]) -> bool:
     """Whether nothing speaks against the classes, as far as can be seen without importing them."""
     theirs = [name for name in classes(arguments).values() if name.removeprefix("ray_mnist.") not in OURS]
     if not theirs:
-        return parse_ours(arguments) is not None
+        return parse_ours(parser, arguments) is not None
     return all("." in name and find_spec(name.partition(".")[0]) for name in theirs)
 
 
-def parse_ours(arguments: Sequence[str]) -> Namespace | None:
-    """The whole configuration of our own classes; None where classes are not ours or an argument is wrong."""
+def parse_ours(parser: Parser, arguments: Sequence[str]) -> Namespace | None:
+    """The whole configuration of our own classes; None where classes are not ours or an argument is wrong.
+
+    The parser gets their arguments beside those that it has.
+    """
     ours = {part: name.removeprefix("ray_mnist.") for part, name in classes(arguments).items()}
     if not set(ours.values()) <= set(OURS):
         return None
-    parser = make_options("train", "")
     for part, name in ours.items():
         parser.add_argument(f"--{part}.class_path", default=f"ray_mnist.{name}")
         parser.add_function_arguments(OURS[name], f"{part}.init_args")

@@ -121,11 +121,15 @@ def add_options(parser: Parser, names: Sequence[str]) -> None:
             parser.add_argument(flag(option.name), type=option.type, default=option.default, help=help_text)
 
 
-def make_parser(module: str, description: str, short: bool = True) -> Parser:
-    """The options of a run, `--model` and `--data` with the arguments of their classes, and Lightning's `--trainer`."""
+def make_parser(module: str, description: str) -> Parser:
+    """The options of a run, and all the arguments that depend on classes."""
+    return add_all_arguments(make_options(module, description))
+
+
+def add_all_arguments(parser: Parser) -> Parser:
+    """Adds `--model` and `--data` with the arguments of their classes, and Lightning's `--trainer`; returns it."""
     import pytorch_lightning as pl
 
-    parser = make_options(module, description, short)
     add_classes(parser)
     names = parser.add_class_arguments(pl.Trainer, "trainer", instantiate=False, fail_untyped=False, sub_configs=True)
     parser.set_defaults(dict.fromkeys(names, SUPPRESS))  # what is not given is for `Trainer` to choose

@@ -8,28 +8,21 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ray_mnist.cli import console
-from ray_mnist.cli.parser import Parser, expand, instantiate, make_parser, options_of, parse, plain, trainer_arguments
+from ray_mnist.cli.parser import (
+    add_all_arguments,
+    expand,
+    instantiate,
+    make_parser,
+    options_of,
+    parse,
+    plain,
+    trainer_arguments,
+)
 from ray_mnist.config import OPTIONS, SweepConfig, flag
 from ray_mnist.errors import RequestError
 from ray_mnist.search import space
+from ray_mnist.search.options import BATCH_SIZE, LR, SHORT, make_sweep_options
 from ray_mnist.search.sweep import Sweep
-
-SHORT = {"--dataset": "--data.dataset", "--space": "--space+"}  # each --space adds one
-LR, BATCH_SIZE = "1e-4,1e-1", "32,64,128"
-
-
-def sweep_parser() -> Parser:
-    """Train's options and those of the search."""
-    parser = make_parser("tune", "Search for the arguments that a model trains best with.", short=False)
-    for option in fields(SweepConfig):
-        parser.add_argument(flag(option.name), type=option.type, default=option.default, help=option.metadata["help"])
-    parser.add_argument("--lr", type=str | None, help=f"range of --model.lr, drawn by its logarithm (default: {LR})")
-    parser.add_argument("--batch-size", type=str | None, help=f"choices of --data.batch_size (default: {BATCH_SIZE})")
-    parser.add_argument("--dataset", type=str | None, help="short for --data.dataset")
-    parser.add_argument(
-        "--space", type=list[str], default=[], help="KEY=VALUES of any other argument, such as model.width=64,128"
-    )
-    return parser
 
 
 def domains_of(config: Any) -> dict[str, Any]:
@@ -59,7 +52,7 @@ def domains_of(config: Any) -> dict[str, Any]:
 
 def search() -> None:
     """Parses the command line, sweeps, and names the winner and the sweep folder."""
-    parser = sweep_parser()
+    parser = add_all_arguments(make_sweep_options())
     config = parse(parser, expand(sys.argv[1:], SHORT), short=False)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     sweep_config = SweepConfig(**{option.name: config[option.name] for option in fields(SweepConfig)})
