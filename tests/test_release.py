@@ -43,6 +43,27 @@ def test_a_command_that_is_none_is_refused(argument: list[str], why: str) -> Non
     assert re.fullmatch(rf"error: [^\n]*{why}[^\n]*\(see ray-mnist --help\)\n", done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("ray-mnist tr", ["train "]),
+        ("ray-mnist train --m", ["--max-epochs", "--max-failures", "--model", "--model.ARG", "--model.help"]),
+        ("ray-mnist tune --sear", ["--search "]),
+        ("ray-mnist nope --n", []),
+    ],
+)
+def test_a_shell_completes_commands_and_options(line: str, completed: list[str]) -> None:
+    program = (
+        'eval "$(register-python-argcomplete ray-mnist)"\n'
+        "COMP_POINT=${#COMP_LINE} COMP_TYPE=9 COMP_WORDBREAKS=$' \\t\\n\"\\'><=;|&(:'\n"
+        "_python_argcomplete ray-mnist\n"
+        "printf '%s\\n' \"${COMPREPLY[@]}\""
+    )
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COMP_LINE": line}
+    done = subprocess.run(["bash", "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout.splitlines() if completed else done.stdout.split()) == completed
+
+
 @pytest.mark.slow
 def test_the_wheel_of_the_sdist_is_complete_and_runs_where_there_is_no_checkout(tmp_path: Path) -> None:
     def build(what: str, of: Path) -> Path:

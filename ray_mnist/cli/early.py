@@ -4,6 +4,7 @@ That is `--version`, `--help`, run options that are refused, and `--print_config
 `parser.parse`.
 """
 
+import os
 import re
 from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
@@ -70,7 +71,7 @@ def answer(make: Callable[[], Parser], arguments: Sequence[str], *more: Any) -> 
         RequestError: a run option is unknown or has a value that it cannot have.
     """
     parser = make()
-    if {"-h", "--help"} & set(arguments):
+    if is_asked_for_all(arguments):
         of_lightning = "an argument of Lightning's Trainer"
         parser.add_argument("--trainer.ARG", metavar="VALUE", help=of_lightning, default=SUPPRESS)
     options = answer_what_is_not_of_classes(parser, without(r"config|print_config|trainer(\..*?)?", arguments))
@@ -91,7 +92,7 @@ def answer_what_is_not_of_classes(parser: Parser, arguments: Sequence[str]) -> N
     Raises:
         RequestError: an argument is unknown or has a value that it cannot have.
     """
-    if {"-h", "--help"} & set(arguments):
+    if is_asked_for_all(arguments):
         for part in DEFAULT_CLASSES:
             for option, value, text in (
                 (part, "CLASS", describe_class(part)),
@@ -101,6 +102,11 @@ def answer_what_is_not_of_classes(parser: Parser, arguments: Sequence[str]) -> N
                 parser.add_argument(f"--{option}", metavar=value, help=text, default=SUPPRESS)
         parser.parse_args(["--help"])
     return parser.parse_args(without(r"(model|data)(\..*?)?", arguments))
+
+
+def is_asked_for_all(arguments: Sequence[str]) -> bool:
+    """Whether all options are to be shown: in the help, or by a shell that completes one."""
+    return bool({"-h", "--help"} & set(arguments)) or "_ARGCOMPLETE" in os.environ
 
 
 def answer_version(module: str, arguments: Sequence[str]) -> None:
