@@ -10,7 +10,7 @@ import sys
 from ray_mnist.cli import console
 from ray_mnist.cli.parser import Parser, versions
 
-COMMANDS = ("train", "evaluate", "predict", "export", "runs", "tune", "doctor")
+COMMANDS = ("train", "evaluate", "predict", "export", "serve", "runs", "tune", "doctor")
 
 
 def run() -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ray_mnist.cli import console
 from ray_mnist.cli.parser import make_command
-from ray_mnist.cli.saved_run import RUN_FOLDER, build, input_shape, load, open_run
+from ray_mnist.cli.saved_run import RUN_FOLDER, build, load, open_run
 from ray_mnist.errors import RequestError, TrainingError, one_line
 
 SAMPLES = 64  # of the batch that stands in for a test set
@@ -57,6 +57,8 @@ def export() -> None:
 def batches_of(model: Any, data: Any) -> tuple[Iterator[Any], str]:
     """Images (N, C, H, W), a batch at a time, and what they are: the test set if it is to be had here."""
     import torch
+
+    from ray_mnist.classifier import input_shape
 
     images = test_images(data) if data is not None else iter(())
     try:

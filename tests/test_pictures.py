@@ -14,6 +14,7 @@ from scipy.interpolate import CubicSpline
 
 from ray_mnist import ConvModel, MNISTDataModule, RequestError, SimpleModel, Trainer
 from ray_mnist import predict as command
+from ray_mnist.classifier import ask
 from ray_mnist.cli import console
 from ray_mnist.data import pictures, sources
 
@@ -246,11 +247,11 @@ def test_a_picture_is_read_as_it_was_held(tmp_path: Path) -> None:
 @pytest.mark.parametrize("output", [torch.zeros(1, 1), torch.zeros(1), torch.zeros(1, 3, 28, 28), {"logits": 0}])
 def test_a_model_that_tells_no_classes_apart_is_refused(output: Any) -> None:
     with pytest.raises(RequestError, match="is no classifier"):
-        command.ask(lambda batch: output, [torch.zeros(GREY)])
+        ask(lambda batch: output, [torch.zeros(GREY)])
 
 
 def test_probabilities_are_taken_as_they_are_and_logits_made_into_them() -> None:
     chances, logits = torch.tensor([[0.25, 0.75]]), torch.tensor([[0.25, 0.75]]).log() + 3
     for output in (chances, logits):
-        (row,) = command.ask(lambda batch, output=output: output, [torch.zeros(GREY)])
+        (row,) = ask(lambda batch, output=output: output, [torch.zeros(GREY)])
         assert row == pytest.approx([0.25, 0.75])

@@ -133,9 +133,3 @@ def load(run: SavedRun, model: "LightningModule") -> None:
 def misfit(location: str, error: Exception) -> RequestError:
     """What to say of a checkpoint that the model does not load."""
     return RequestError(f"The weights in {location} cannot be loaded into the model: {one_line(error)}")
-
-
-def input_shape(model: Any, data: Any) -> tuple[int, int, int]:
-    """The (C, H, W) of the images that the model takes: what it, or its data, says, or else MNIST's."""
-    channels, height, width = model.hparams.get("input_shape") or getattr(data, "input_shape", (1, 28, 28))
-    return channels, height, width

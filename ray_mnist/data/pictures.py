@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
 from ray_mnist.errors import RequestError, one_line
@@ -41,11 +41,11 @@ def _pictures_in(path: Path) -> Iterator[Path]:
     yield from found
 
 
-def read(path: Path, shape: tuple[int, int, int], box: int) -> torch.Tensor:
+def read(source: Path | IO[bytes], shape: tuple[int, int, int], box: int) -> torch.Tensor:
     """The picture as a data set would have it.
 
     Args:
-        path: a picture of any size that Pillow reads.
+        source: a picture of any size that Pillow reads.
         shape: (C, H, W) to have. With one channel it is bright on black, whichever the picture was, and nothing but
             what was drawn, its centre of mass in the middle; with three the middle of the picture as it is.
         box: how many pixels the longer side of what was drawn is to have.
@@ -57,17 +57,20 @@ def read(path: Path, shape: tuple[int, int, int], box: int) -> torch.Tensor:
         RequestError: it is no picture, or nothing can be seen on it.
     """
     channels, height, width = shape
+    name = source if isinstance(source, Path) else "What was sent"
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
             picture = ImageOps.exif_transpose(file).convert("RGBA")
+    except UnidentifiedImageError as error:
+        raise RequestError(f"{name} is no picture that can be read: no format is known that begins so.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{path} is no picture that can be read: {one_line(error)}") from error
+        raise RequestError(f"{name} is no picture that can be read: {one_line(error)}") from error
     if channels == 3:
         fitted = ImageOps.fit(picture.convert("RGB"), (width, height))
         return torch.from_numpy(np.asarray(fitted, np.float32).transpose(2, 0, 1) / 255)
     drawn = drawing(picture)
     if drawn is None:
-        raise RequestError(f"{path} shows nothing: what is drawn must stand out from its background.")
+        raise RequestError(f"{name} shows nothing: what is drawn must stand out from its background.")
     return torch.from_numpy(centred(*drawn, (height, width), box)).expand(channels, -1, -1)
 
 
