@@ -264,6 +264,7 @@ class Trainer:
             checkpoint_every_n_steps=self.config.checkpoint_every_n_steps,
             checkpoint_every_s=self.config.checkpoint_every_s,
             allow_nan=self.config.allow_nan,
+            profile=self.config.profile,
             checkpoint=self._checkpoint(ckpt_path),
             weights_only=weights_only is not False,
             lightning=self.lightning,

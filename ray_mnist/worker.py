@@ -25,6 +25,7 @@ from ray_mnist.distributed.strategy import LoadsOncePerNode, WeighsLosses, exten
 from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.errors import RequestError
 from ray_mnist.lightning_internals import leave_sigterm_alone, spare_each_step
+from ray_mnist.profiling import Profile
 from ray_mnist.run.events import CheckpointPassedOver, Event
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, TrainerState
@@ -39,8 +40,8 @@ class Job:
     `task` is fit, validate, test or predict; `data` has the arguments that give Lightning's method of that name its
     data; `checkpoint` is the path or URI of the one to start from, and `weights_only=False` loads whatever it
     holds; `monitor` is the metric that chooses the best checkpoint, and its mode, if not the ModelCheckpoint's of the
-    user; `allow_nan` has a fit go on with any loss; `with_test` has it end in the test; `return_predictions` is what
-    Lightning's `predict` makes of it.
+    user; `allow_nan` has a fit go on with any loss; `profile` has some of its steps traced; `with_test` has it end in
+    the test; `return_predictions` is what Lightning's `predict` makes of it.
     """
 
     task: str
@@ -55,6 +56,7 @@ class Job:
     weights_only: bool = True
     monitor: tuple[str, str] | None = None
     allow_nan: bool = False
+    profile: bool = False
     with_test: bool = True
     return_predictions: bool | None = None
     lightning: dict[str, Any] = field(default_factory=dict)
@@ -133,7 +135,8 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
     rank_zero = RankZero(context.stop, job.checkpoint_every_s)
     uploads = Uploads(folder, context.tell)
     recorder = Recorder(uploads, rank_zero, job.checkpoint_every_n_steps, monitor, mode)
-    trainer: Any = make_trainer(job, context, EpochSoFar(), *([] if job.allow_nan else [FiniteLoss()]), recorder)
+    optional = [*([] if job.allow_nan else [FiniteLoss()]), *([Profile(folder)] if job.profile else [])]
+    trainer: Any = make_trainer(job, context, EpochSoFar(), *optional, recorder)
     leave_sigterm_alone(trainer)
     if trainer.is_global_zero:
         uploads.newest = folder.newest_sound_checkpoint(

@@ -61,6 +61,7 @@ class Plan:
             checkpoint_every_n_steps=self.config.checkpoint_every_n_steps,
             checkpoint_every_s=self.config.checkpoint_every_s,
             allow_nan=self.config.allow_nan,
+            profile=self.config.profile,
             monitor=(self.metric, self.mode),
             with_test=False,
             lightning=self.lightning,
