@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ray_mnist import Trainer
 from ray_mnist.run.folder import RunFolder
 
-EPOCHS, BATCH, EVERY = 2, 64, 4
+EPOCHS, BATCH, EVERY, DROPOUT = 2, 64, 4, 0.2
 TRAIN, VAL, TEST = 1200, 297, 300
 STEPS_PER_EPOCH = -(-TRAIN // BATCH)
 STEPS = EPOCHS * STEPS_PER_EPOCH
@@ -53,11 +53,15 @@ def counted(ids: Tensor, size: int) -> Tensor:
 
 
 class Net(pl.LightningModule):
-    """Has in its checkpoints how often each sample was trained on in each epoch: `seen`, float32 (EPOCHS, TRAIN)."""
+    """Has in its checkpoints how often each sample was trained on in each epoch: `seen`, float32 (EPOCHS, TRAIN).
 
-    def __init__(self) -> None:
+    Args:
+        dropout: chance of it; what is dropped depends on the number of workers.
+    """
+
+    def __init__(self, dropout: float) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 10))
+        self.net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Dropout(dropout), nn.Linear(32, 10))
         self.register_buffer("seen", torch.zeros(EPOCHS, TRAIN))
         self.tested = torch.zeros(TEST)
 
@@ -145,14 +149,15 @@ class Moments(pl.Callback):
         self.at_if_mine("test", trainer)
 
 
-def train(folder: Path, moment: str = "", step: int = 0, rank: int = 0, **options: Any) -> None:
-    """Trains on two workers; the outcome is in `folder` then."""
+def train(
+    folder: Path, moment: str = "", step: int = 0, rank: int = 0, dropout: float = DROPOUT, **options: Any
+) -> None:
+    """Trains, on two workers if nothing else is said; the outcome is in `folder` then."""
     options = {"max_epochs": EPOCHS, "checkpoint_every_n_steps": EVERY, "logger": False, "seed": 5} | options
-    trainer = Trainer(
-        num_workers=2, storage_path=str(folder), name="run", callbacks=[Moments(folder, moment, step, rank)], **options
-    )
+    options = {"num_workers": 2, "storage_path": str(folder), "name": "run"} | options
+    trainer = Trainer(callbacks=[Moments(folder, moment, step, rank)], **options)
     torch.manual_seed(5)
-    model = Net()
+    model = Net(dropout)
     trainer.fit(model, datamodule=Digits())
     result = {name: trainer.result.values[name] for name in RESULT}
     torch.save({"weights": model.state_dict(), "tested": model.tested, "result": result}, folder / OUTCOME)

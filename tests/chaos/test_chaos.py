@@ -9,7 +9,7 @@ import program
 import pytest
 import torch
 from harness import Nodes, Schedule, carry_out, draw, nodes
-from program import STEPS_PER_EPOCH
+from program import DROPOUT, STEPS_PER_EPOCH
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -21,12 +21,15 @@ def cluster() -> Iterator[Nodes]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("undisturbed")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[float, dict[str, Any]]:
+    """What runs come to that are not struck, by their dropout."""
+    found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gloo_workers.select, "on_ray", gloo_workers.on_gloo)
-        program.train(folder)
-    found: dict[str, Any] = torch.load(folder / program.OUTCOME)
+        for dropout in (DROPOUT, 0):
+            folder = tmp_path_factory.mktemp("undisturbed")
+            program.train(folder, dropout=dropout)
+            found[dropout] = torch.load(folder / program.OUTCOME)
     return found
 
 
@@ -36,14 +39,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         Schedule("worker", "stall", "validation", STEPS_PER_EPOCH, rank=1),
         Schedule("node", "kill", "step", STEPS_PER_EPOCH + 6, rank=1),
         Schedule("controller", "kill", "uploaded", 8),
-        Schedule("driver", "kill", "test"),
+        Schedule("driver", "kill", "step", STEPS_PER_EPOCH + 6, then=3),
     ],
     ids=str,
 )
 def test_a_run_comes_to_what_it_would_have_come_to(
-    schedule: Schedule, cluster: Nodes, undisturbed: dict[str, Any], tmp_path: Path
+    schedule: Schedule, cluster: Nodes, undisturbed: dict[float, dict[str, Any]], tmp_path: Path
 ) -> None:
-    outcome = carry_out(schedule, tmp_path, cluster, undisturbed)
+    outcome = carry_out(schedule, tmp_path, cluster, undisturbed[schedule.dropout])
     assert outcome.wrong == []
     assert outcome.identical
     assert outcome.once
