@@ -13,7 +13,16 @@ from typing import Literal
 
 from jsonargparse import Namespace
 
-from ray_mnist.cli.parser import DEFAULT_CLASSES, Parser, describe_class, expand, make_options, name_classes
+from ray_mnist.cli.parser import (
+    DEFAULT_CLASSES,
+    Parser,
+    add_options,
+    describe_class,
+    expand,
+    make_command,
+    make_options,
+    name_classes,
+)
 from ray_mnist.config import OPTIONS, RunConfig
 from ray_mnist.errors import RequestError
 
@@ -54,6 +63,23 @@ OURS: dict[str, Callable[..., None]] = {
 }
 
 
+DETACH, ATTACH = "--detach", "--attach"
+
+
+def attached(arguments: Sequence[str]) -> Namespace | None:
+    """The `attach` and the `address` that were given, if the former was, which goes with no other option.
+
+    Raises:
+        RequestError: something else was given, too.
+    """
+    if ATTACH not in {argument.partition("=")[0] for argument in arguments} or {"-h", "--help"} & set(arguments):
+        return None
+    parser = make_command("train", "")
+    parser.add_argument(ATTACH)
+    add_options(parser, ["address"])
+    return parser.parse_args(arguments)
+
+
 def answer(description: str, arguments: Sequence[str]) -> RunConfig | None:
     """Ends the program with the help or the configuration; comes back where more than that is asked for.
 
@@ -67,6 +93,10 @@ def answer(description: str, arguments: Sequence[str]) -> RunConfig | None:
     if {"-h", "--help"} & set(arguments):
         of_lightning = "an argument of Lightning's Trainer"
         parser.add_argument("--trainer.ARG", metavar="VALUE", help=of_lightning, default=SUPPRESS)
+        detached = "train in the Ray cluster at --address, whatever becomes of this process"
+        parser.add_argument(DETACH, action="store_true", help=detached, default=SUPPRESS)
+        follow = "show what the run NAME in the Ray cluster says, to its end; goes with --address alone"
+        parser.add_argument(ATTACH, metavar="NAME", help=follow, default=SUPPRESS)
     arguments = expand(arguments)
     options = answer_what_is_not_of_classes(parser, without(r"config|print_config|trainer(\..*?)?", arguments))
     if "--config" in {argument.partition("=")[0] for argument in arguments}:
