@@ -1,6 +1,7 @@
 """A run that goes on without the process that started it: a job of Ray's, whose driver runs on the cluster's head."""
 
 import asyncio
+import logging
 import os
 import re
 import shlex
@@ -70,11 +71,13 @@ def submit(
             "bucket (s3://…, gs://…) or the whole path of a folder that the cluster's machines mount."
         )
     storage_path = RunFolder(config.storage_path, "").storage_path
-    python = sys.executable if here else "python"
-    command = shlex.join([python, "-m", "ray_mnist.train", *arguments, "--storage-path", storage_path])
+    command = shlex.join(["-m", "ray_mnist.train", *arguments, "--storage-path", storage_path])
+    python = shlex.quote(sys.executable)
+    if not here:  # the same environment may be there at the same path, or be the one that is found first
+        python = f"$(command -v {python} || echo python)"
     with sending():
         client.submit_job(
-            entrypoint=f"cd {shlex.quote(os.getcwd())} && exec {command}" if here else f"exec {command}",
+            entrypoint=(f"cd {shlex.quote(os.getcwd())} && " if here else "") + f"exec {python} {command}",
             submission_id=job_id,
             runtime_env={"env_vars": STOP_S} | (folder_to_send(config) if has_files and not here else {}),
         )
@@ -93,7 +96,7 @@ def attach(name: str, address: str | None) -> None:
     """
     client = client_of(address)
     with reached(client):
-        jobs = sorted((job for job in client.list_jobs() if job.submission_id), key=lambda job: job.start_time or 0)
+        jobs = [job for job in client.list_jobs() if job.submission_id]
     found = [job for job in jobs if name in (name_of(job), job.submission_id)]
     if not found:
         others = ", ".join(dict.fromkeys(map(name_of, jobs)))
@@ -101,7 +104,8 @@ def attach(name: str, address: str | None) -> None:
             f"--attach {name}: the cluster at {client.get_address()} has no such run, "
             f"{f'but {others}' if others else 'nor any other that was submitted to it'}."
         )
-    show(client, str(found[-1].submission_id), address)
+    newest = max(found, key=lambda job: (not job.status.is_terminal(), job.start_time or 0))  # but first what lives
+    show(client, str(newest.submission_id), address)
 
 
 def name_of(job: JobDetails) -> str:
@@ -120,6 +124,8 @@ def client_of(given: str | None) -> JobSubmissionClient:
     Raises:
         RequestError: there is none, or it does not answer.
     """
+    for name in ("ray", *(kind.__module__ for kind in JobSubmissionClient.__mro__)):  # which have levels of their own
+        logging.getLogger(name).setLevel(logging.ERROR)
     ray_internals.show_token()
     address = given or os.environ.get(API_SERVER) or os.environ.get("RAY_ADDRESS") or preflight.this_machines_cluster()
     if address in (None, "local"):
@@ -148,8 +154,8 @@ def reached(client: JobSubmissionClient) -> Iterator[None]:
 def unreached(address: str, error: Exception) -> RequestError:
     """What to say of a cluster that gives no answer."""
     return RequestError(
-        f"The dashboard of the Ray cluster at {address}, which takes jobs, does not answer ({one_line(error)}): call "
-        "from its head, or through `ray dashboard`, with --address http://localhost:8265."
+        f"The Ray cluster at {address} takes no jobs ({one_line(error)}): its dashboard has to run, and to be reached, on "
+        "its head or through `ray dashboard` with --address http://localhost:8265."
     )
 
 
