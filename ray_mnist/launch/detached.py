@@ -154,8 +154,8 @@ def reached(client: JobSubmissionClient) -> Iterator[None]:
 def unreached(address: str, error: Exception) -> RequestError:
     """What to say of a cluster that gives no answer."""
     return RequestError(
-        f"The Ray cluster at {address} takes no jobs ({one_line(error)}): its dashboard has to run, and to be reached, on "
-        "its head or through `ray dashboard` with --address http://localhost:8265."
+        f"The Ray cluster at {address} takes no jobs ({one_line(error)}): its dashboard has to run, and to be reached, "
+        "on its head or through `ray dashboard` with --address http://localhost:8265."
     )
 
 
@@ -185,9 +185,10 @@ def show(client: JobSubmissionClient, job_id: str, address: str | None, until: r
     display = console.Display()
 
     async def follow() -> bool:
+        said = ""
         async for text in client.tail_job_logs(job_id):
             display(Printed(text, "stdout"))
-            if until and until.search(text):
+            if until and until.search(said := said + text):
                 return True
         return False
 
