@@ -2,8 +2,10 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from threading import Thread
+from typing import Any
 
 from ray_mnist.cli import console, early
 from ray_mnist.config import RunConfig
@@ -42,18 +44,23 @@ def train() -> None:
     model, datamodule = instantiate(parser, config)
     arguments = options_of(config) | trainer_arguments(parser, config)
     if detached:
-        from ray_mnist.launch.detached import detach
-        from ray_mnist.run.report import default_name
-
-        name = config.name or default_name(model, {"datamodule": datamodule})
-        modules = re.findall(r"class_path: ([\w.]+)\.\w+", parser.dump(config))
-        detach(RunConfig(**options_of(config)), name, given, modules)
+        hand_over(config, re.findall(r"class_path: ([\w.]+)\.\w+", parser.dump(config)), model, datamodule, given)
         return
     trainer = Trainer(config=plain(parser, config), keep_workers=0, **arguments)
     trainer.fit(model, datamodule)
     values = trainer.result.values
     accuracy = "none" if values["test_accuracy"] is None else f"{values['test_accuracy']:.4f}"
     console.say(f"test accuracy {accuracy} on {values['test_samples']:,} samples; run folder {trainer.result.path}")
+
+
+def hand_over(config: Any, modules: Sequence[str], model: Any, datamodule: Any, given: Sequence[str]) -> None:
+    """Has a Ray cluster train what the arguments `given` say, whose classes are in these modules."""
+    from ray_mnist.cli.parser import options_of
+    from ray_mnist.launch.detached import detach
+    from ray_mnist.run.report import default_name
+
+    name = config.name or default_name(model, {"datamodule": datamodule})
+    detach(RunConfig(**options_of(config)), name, given, modules)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from ray_mnist.cli.parser import (
 from ray_mnist.config import OPTIONS, RunConfig
 from ray_mnist.errors import RequestError
 
+DETACH, ATTACH = "--detach", "--attach"  # of a cluster that trains
 Shape = tuple[int, int, int]
 Schedule = Literal["constant", "cosine", "one-cycle"]
 
@@ -61,9 +62,6 @@ OURS: dict[str, Callable[..., None]] = {
     "ConvModel": conv_model,
     "MNISTDataModule": mnist_data_module,
 }
-
-
-DETACH, ATTACH = "--detach", "--attach"
 
 
 def attached(arguments: Sequence[str]) -> Namespace | None:

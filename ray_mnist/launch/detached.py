@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,8 +30,8 @@ from ray_mnist.run.folder import RunFolder
 API_SERVER = "RAY_API_SERVER_ADDRESS"
 STARTED = re.compile("^run folder ", re.MULTILINE)  # a run says so once nothing speaks against it any more
 # Between SIGTERM, upon which the run checkpoints, and SIGKILL: Ray would wait 3 s.
-STOP_S = {"RAY_JOB_STOP_WAIT_TIME_S": str(GRACE_S + 10)}
-TERMINATED = 143
+PATIENCE = {"RAY_JOB_STOP_WAIT_TIME_S": str(GRACE_S + 10)}
+TERMINATED = 128 + signal.SIGTERM  # the exit status of a run that it ended
 
 
 def detach(config: RunConfig, name: str, arguments: Sequence[str], modules: Iterable[str]) -> None:
@@ -79,7 +80,7 @@ def submit(
         client.submit_job(
             entrypoint=(f"cd {shlex.quote(os.getcwd())} && " if here else "") + f"exec {python} {command}",
             submission_id=job_id,
-            runtime_env={"env_vars": STOP_S} | (folder_to_send(config) if has_files and not here else {}),
+            runtime_env={"env_vars": PATIENCE} | (folder_to_send(config) if has_files and not here else {}),
         )
 
 
