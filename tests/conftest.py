@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -69,17 +69,14 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[str]:
-    """The address of a Ray cluster on this machine with eight logical CPUs, more than there are cores."""
-    with socket.socket() as free, tempfile.TemporaryDirectory(prefix="ray-") as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+@contextmanager
+def ray_head(*options: str) -> Iterator[str]:
+    """The address of a Ray cluster on this machine, for the time of the `with`."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         # In a folder of its own, nobody finds it who was not given its address.
-        options = f"--head --port {port} --num-cpus 8 --num-gpus 0 --include-dashboard false --temp-dir {folder}"
+        ports = ["--port", str(free_port()), "--temp-dir", folder]
         head = subprocess.Popen(
-            [sys.executable, "-m", "ray.scripts.scripts", "start", *options.split(), "--block"],
+            [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", *ports, *options, "--block"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             # The workers import what the tests define.
@@ -95,6 +92,19 @@ def ray_cluster() -> Iterator[str]:
                 with suppress(psutil.NoSuchProcess):  # it went with its parent
                     process.kill()
             psutil.wait_procs(processes, timeout=30)
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """The address of a Ray cluster on this machine with eight logical CPUs, more than there are cores."""
+    with ray_head("--num-cpus=8", "--num-gpus=0", "--include-dashboard=false") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

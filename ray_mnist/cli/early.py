@@ -15,10 +15,19 @@ from typing import Any, Literal
 
 from jsonargparse import Namespace
 
-from ray_mnist.cli.parser import DEFAULT_CLASSES, Parser, describe_class, make_options, name_classes
+from ray_mnist.cli.parser import (
+    DEFAULT_CLASSES,
+    Parser,
+    add_options,
+    describe_class,
+    make_command,
+    make_options,
+    name_classes,
+)
 from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError
 
+DETACH, ATTACH = "--detach", "--attach"  # of a cluster that trains
 Shape = tuple[int, int, int]
 Schedule = Literal["constant", "cosine", "one-cycle"]
 
@@ -54,6 +63,30 @@ OURS: dict[str, Callable[..., None]] = {
     "ConvModel": conv_model,
     "MNISTDataModule": mnist_data_module,
 }
+
+
+def attached(arguments: Sequence[str]) -> Namespace | None:
+    """The `attach` and the `address` that were given, if the former was, which goes with no other option.
+
+    Raises:
+        RequestError: something else was given, too.
+    """
+    if ATTACH not in {argument.partition("=")[0] for argument in arguments} or {"-h", "--help"} & set(arguments):
+        return None
+    parser = make_command("train", "")
+    parser.add_argument(ATTACH)
+    add_options(parser, ["address"])
+    return parser.parse_args(arguments)
+
+
+def make_train_options(description: str) -> Parser:
+    """A parser of train's options, without those of classes; the two of a detached run are taken before."""
+    parser = make_options("train", description)
+    detached = "train in the Ray cluster at --address, whatever becomes of this process"
+    parser.add_argument(DETACH, action="store_true", help=detached, default=SUPPRESS)
+    follow = "show what the run NAME in the Ray cluster says, to its end; goes with --address alone"
+    parser.add_argument(ATTACH, metavar="NAME", help=follow, default=SUPPRESS)
+    return parser
 
 
 def answer(make: Callable[[], Parser], arguments: Sequence[str], *more: Any) -> RunConfig | None:

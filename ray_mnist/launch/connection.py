@@ -5,7 +5,7 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,16 +56,11 @@ def start_or_join(config: RunConfig, job: "Job", cpus: int) -> bool:
             if needs_folder(job) and on_other_machines():
                 ray.shutdown()  # a folder can be sent only as one connects
                 copied = True
-                with environment({"RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "1"}):  # data is often what git ignores
+                with sending():
                     ray.init(address=address, runtime_env=folder_to_send(config), **ahead.QUIET)
         else:
             ahead.start_ray(config, cpus)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        if "Package size" in str(error):
-            raise RequestError(
-                f"The working directory {os.getcwd()} is too large to be sent to the other machines: start from the "
-                "project's own folder, or name in a .rayignore file what the workers do not need."
-            ) from error
         where = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
         raise RequestError(f"{where}: {one_line(error)}") from error
     KEEPER.own_ray(config, math.inf if address else ahead.enough_cpus(config, cpus))
@@ -100,8 +95,12 @@ def needs_folder(job: "Job") -> bool:
     """Whether the job's code is in the working directory, and may expect files there, unless a Ray job brought it."""
     if "working_dir" in ray.get_runtime_context().runtime_env:
         return False
-    classes = {type(item).__module__ for item in (job.model, *job.data.values(), *job.callbacks_and_loggers)}
-    theirs = {name for name in classes if not name.startswith("ray_mnist.")}
+    return is_in_folder({type(item).__module__ for item in (job.model, *job.data.values(), *job.callbacks_and_loggers)})
+
+
+def is_in_folder(modules: Iterable[str]) -> bool:
+    """Whether one of these modules, that is not of this package, is in the working directory."""
+    theirs = {name for name in modules if name.partition(".")[0] != "ray_mnist"}
     files = (getattr(sys.modules.get(name), "__file__", None) for name in theirs)
     here = Path.cwd()
     return any(file and here in Path(file).resolve().parents and sys.prefix not in file for file in files)
@@ -115,6 +114,25 @@ def on_other_machines() -> bool:
 def folder_to_send(config: RunConfig) -> dict[str, Any]:
     """Ray's description of the working directory, without what every machine has or makes for itself."""
     return {"working_dir": os.getcwd(), "excludes": [".git", ".venv*", "__pycache__", f"/{config.storage_path}"]}
+
+
+@contextmanager
+def sending() -> Iterator[None]:
+    """For the time of the `with`, a folder is sent with what git ignores, which data often is.
+
+    Raises:
+        RequestError: it is too large.
+    """
+    try:
+        with environment({"RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "1"}):
+            yield
+    except (RuntimeError, ValueError) as error:
+        if "Package size" in str(error):
+            raise RequestError(
+                f"The working directory {os.getcwd()} is too large to be sent to the other machines: start from the "
+                "project's own folder, or name in a .rayignore file what the workers do not need."
+            ) from error
+        raise
 
 
 def this_folder() -> tuple[str, str, int, int]:
