@@ -92,7 +92,8 @@ class Display:
         self.max_epochs, self.shown = max_epochs, max((row["epoch"] for row in known), default=0)
         self.logs: dict[int, str] = {}  # of each rank
         self.line = live_line(console)
-        self.clock, self.said_at = clock, clock()  # the latter is of the last line that told how far it is
+        self.clock = clock
+        self.said_at: float | None = None  # when a line last said how far it is, or there was something to say first
 
     def __enter__(self) -> Self:
         return self
@@ -133,6 +134,8 @@ class Display:
     def _show_progress(self, parts: list[str]) -> None:
         if self.line:
             self.line.show(parts)
+        elif self.said_at is None:
+            self.said_at = self.clock()
         elif self.clock() - self.said_at >= PLAIN_EVERY_S:
             self.said_at = self.clock()
             say(SEPARATOR.join(parts))

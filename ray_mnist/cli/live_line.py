@@ -55,10 +55,12 @@ class TerminalLine:
             self.closed = True
             if self.live:
                 now = sys.stdout, sys.stderr
-                for stream in now:
-                    stream.flush()  # a line that was not ended
-                self.live.stop()
-                redirect_loggers(now, (sys.stdout, sys.stderr))
+                try:
+                    for stream in filter(None, now):
+                        stream.flush()  # a line that was not ended
+                finally:
+                    self.live.stop()
+                    redirect_loggers(now, (sys.stdout, sys.stderr))
 
 
 class NotebookLine:
