@@ -79,7 +79,8 @@ class ProgressReporter(Callback):
         samples = samples_seen(getattr(trainer, loaders))
         newest = self.uploads.newest if self.uploads else None
         self.due = now + EVERY_S
-        if self.phase != (phase := (word, trainer.current_epoch, loader)):
+        phase = word, trainer.current_epoch, loader
+        if phase != self.phase or batch <= self.recent[-1][1]:  # which is validated several times in an epoch
             self.phase = phase
             self.recent.clear()
         self.recent.append((now, batch, samples))

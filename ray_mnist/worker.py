@@ -213,7 +213,7 @@ def make_trainer(
 ) -> pl.Trainer:
     """Lightning's Trainer for this worker, with the user's arguments and what a run on several needs beyond them.
 
-    It tells how far it is, with the newest checkpoint of `uploads`, unless the user has said whether Lightning is to.
+    It tells how far it is, with the newest checkpoint of `uploads`, unless the user said whether Lightning is to.
     """
     arguments = quiet() | job.lightning
     presharded = not arguments.pop("use_distributed_sampler", True)

@@ -67,6 +67,19 @@ def test_a_batch_is_told_of_twice_a_second_at_most_and_its_loss_read_only_then()
     assert last.seconds_left == pytest.approx((1000 - last.batch) / 8)
 
 
+def test_each_validation_in_an_epoch_has_rates_of_its_own() -> None:
+    told: list[Any] = []
+    now, module = 0.0, SimpleNamespace()
+    reporter = ProgressReporter(told.append, LossWeighting(), clock=lambda: now)
+    stage = SimpleNamespace(stage="validate")
+    trainer: Any = SimpleNamespace(world_size=1, current_epoch=0, state=stage, training=False, sanity_checking=False)
+    vars(trainer).update(validating=True, predicting=False, num_val_batches=[2], val_dataloaders=[])
+    for batch in (0, 1, 0, 1):  # with no news of the training between them
+        now += 1
+        reporter.on_validation_batch_end(trainer, module, None, None, batch)
+    assert [(event.batch, event.seconds_left) for event in told] == [(1, None), (2, 0), (1, None), (2, 0)]
+
+
 class TellsAll(pl.Callback):
     """Has each batch be told of, in whichever process."""
 

@@ -34,11 +34,8 @@ from ray_mnist.run.records import LAST_COLUMNS, columns
 
 NOISY = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "ray")
 PLAIN_EVERY_S = 60
-GONE = (
-    OSError,
-    ValueError,
-    SystemExit,
-)  # of a terminal that is gone; the last is rich's, of a pipe that nobody reads
+# Of a terminal that is gone; the last is rich's, of a pipe that nobody reads.
+GONE = (OSError, ValueError, SystemExit)
 
 # What users print arrives as it is, through rich too.
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
