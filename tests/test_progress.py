@@ -239,7 +239,8 @@ def test_on_a_terminal_the_line_is_below_all_that_is_printed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal = make_terminal(monkeypatch)
-    monkeypatch.setattr(logging.root, "handlers", [logging.StreamHandler(sys.stdout)])
+    handler = logging.StreamHandler(sys.stdout)
+    monkeypatch.setattr(logging.root, "handlers", [handler])
     line = "  ".join(PARTS[:4])
     with console.Display(10) as show:
         assert terminal.getvalue() == ""  # the cursor stays as long as there is no line
@@ -256,11 +257,23 @@ def test_on_a_terminal_the_line_is_below_all_that_is_printed(
         assert drawn(terminal) == ["", "", "failure: a worker died", ""]
     assert terminal.getvalue().endswith(SHOW_CURSOR + "\r\x1b[1A\x1b[2K")
     assert "c" in drawn(terminal)
-    assert sys.stdout is terminal
+    assert sys.stdout is handler.stream is terminal
     logging.warning("logged")
-    show(TRAINING)  # which was late
     assert terminal.getvalue() == "logged\n"
     assert capsys.readouterr().err == "to a file\n"
+
+
+def test_news_that_is_late_hides_no_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = make_terminal(monkeypatch)
+    with console.Display(10) as show:
+        pass
+    show(TRAINING)
+    assert terminal.getvalue() == ""
+
+
+def test_nothing_in_what_users_print_is_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    console.console.print("[/a] :smile:")
+    assert capsys.readouterr().out == "[/a] :smile:\n"
 
 
 def test_a_terminal_that_is_gone_gets_its_streams_back(monkeypatch: pytest.MonkeyPatch) -> None:
