@@ -202,9 +202,8 @@ class FiniteLoss(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Takes the loss of what `training_step` returned; nothing else is the same thing in all models."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor) and loss.numel() == 1:
+        """Takes the loss."""
+        if (loss := loss_of(outputs)) is not None:
             self.unseen.append((self.step, self.rate, loss.detach()))
             if loss.device.type == "cpu" or len(self.unseen) == self.LOOK_EVERY:
                 self._look(trainer)
@@ -220,6 +219,12 @@ class FiniteLoss(Callback):
         for step, rate, loss in unseen:
             if not math.isfinite(value := loss.item()):
                 raise diverged(f"the loss is {value} in step {step}", trainer, rate)
+
+
+def loss_of(outputs: Any) -> Tensor | None:
+    """The loss, of one element, in what `training_step` returned; nothing else is the same thing in all models."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
 def diverged(what: str, trainer: Trainer, rate: Any) -> TrainingError:

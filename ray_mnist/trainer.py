@@ -121,9 +121,11 @@ class Trainer:
             self._write_config(folder, model, data)
             console.say(f"{report.dataset_name(data, model)} · {report.describe_model(model)} · {where}")
             console.say(f"run folder {folder}")
-            show = console.Display(self.lightning["max_epochs"], read_metrics(folder))
             try:
-                outcome: Outcome = launch(show)
+                with console.Display(self.lightning["max_epochs"], read_metrics(folder)) as show:
+                    outcome: Outcome = launch(show)
+                    for row in outcome.history:
+                        show(EpochEnded(row))  # where the news of it was lost
             except RequestError:
                 if saved_config:
                     folder.write("config.yaml", saved_config)
@@ -133,8 +135,6 @@ class Trainer:
             except (KeyboardInterrupt, Stopped) as end:
                 advice = report.how_to_resume(folder.name, self.config, bool(self.full_config))
                 raise console.terminated(advice) if isinstance(end, Stopped) else KeyboardInterrupt(advice) from None
-            for row in outcome.history:
-                show(EpochEnded(row))  # where the news of it was lost
             result = report.write_result(folder, self.config, model, data, outcome, started)
         self._fits += 1
         self.lightning_module, self._data, self._folder, self._result = model, data, folder, result
@@ -310,8 +310,12 @@ class Trainer:
         check_kind(model, data)
         job = self._job(task, model, data, f".{task}-{uuid.uuid4().hex}", ckpt_path, weights_only, **more)
         try:
-            with console.quiet(), prepare(job, self.config, self.keep_workers) as (_, launch):
-                evaluation: Evaluation = launch(console.Display())
+            with (
+                console.quiet(),
+                prepare(job, self.config, self.keep_workers) as (_, launch),
+                console.Display() as show,
+            ):
+                evaluation: Evaluation = launch(show)
         finally:
             if job.folder.exists():
                 job.folder.remove()

@@ -26,6 +26,7 @@ from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.errors import RequestError
 from ray_mnist.lightning_internals import leave_sigterm_alone, spare_each_step
 from ray_mnist.profiling import Profile
+from ray_mnist.progress_reporter import ProgressReporter
 from ray_mnist.run.events import CheckpointPassedOver, Event
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, TrainerState
@@ -136,7 +137,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
     uploads = Uploads(folder, context.tell)
     recorder = Recorder(uploads, rank_zero, job.checkpoint_every_n_steps, monitor, mode)
     optional = [*([] if job.allow_nan else [FiniteLoss()]), *([Profile(folder)] if job.profile else [])]
-    trainer: Any = make_trainer(job, context, EpochSoFar(), *optional, recorder)
+    trainer: Any = make_trainer(job, context, EpochSoFar(), *optional, recorder, uploads=uploads)
     leave_sigterm_alone(trainer)
     if trainer.is_global_zero:
         uploads.newest = folder.newest_sound_checkpoint(
@@ -210,8 +211,13 @@ def predict(job: Job, context: WorkerContext) -> Evaluation:
     return evaluation
 
 
-def make_trainer(job: Job, context: WorkerContext, *callbacks: pl.Callback) -> pl.Trainer:
-    """Lightning's Trainer for this worker, with the user's arguments and what a run on several needs beyond them."""
+def make_trainer(
+    job: Job, context: WorkerContext, *callbacks: pl.Callback, uploads: Uploads | None = None
+) -> pl.Trainer:
+    """Lightning's Trainer for this worker, with the user's arguments and what a run on several needs beyond them.
+
+    It tells how far it is, with the newest checkpoint of `uploads`, unless the user said whether Lightning is to.
+    """
     arguments = quiet() | job.lightning
     presharded = not arguments.pop("use_distributed_sampler", True)
     if arguments["logger"] is True:
@@ -229,6 +235,9 @@ def make_trainer(job: Job, context: WorkerContext, *callbacks: pl.Callback) -> p
     weighting = LossWeighting()
     extend(trainer.strategy, WeighsLosses, weighting=weighting)
     spare_each_step(trainer)
+    if trainer.is_global_zero and job.lightning.get("enable_progress_bar") is None:
+        # Before the user's, which may take long.
+        trainer.callbacks.insert(0, ProgressReporter(context.tell, weighting, uploads))
     if trainer.world_size > 1:
         metric_sync = MetricSync(weighting)
         # Before those that may read what was logged.

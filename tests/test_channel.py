@@ -1,5 +1,6 @@
 """What a run tells on its way to the terminal: all of it arrives, and whatever goes wrong with it harms no run."""
 
+import asyncio
 import os
 import threading
 from concurrent.futures import ProcessPoolExecutor
@@ -12,7 +13,7 @@ from conftest import wait_until
 
 from ray_mnist.launch import channel
 from ray_mnist.launch.channel import Outbox, over_pipe, over_ray
-from ray_mnist.run.events import EpochEnded, Event
+from ray_mnist.run.events import EpochEnded, Event, Progress
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -62,6 +63,19 @@ def test_a_queue_that_died_or_is_full_harms_nobody(monkeypatch: pytest.MonkeyPat
         ray.get(send_ten.remote(send, 100))
     assert told == [news(number) for number in range(len(told))]
     assert 3 <= len(told) <= 4
+
+
+def test_a_driver_that_is_late_is_told_everything_but_how_far_the_run_is() -> None:
+    progress = Progress("training", 1, 1, None, None, None, None, 1, None)
+
+    async def told() -> list[list[Event]]:
+        mailbox = channel.Mailbox(1000)
+        for _ in range(20):
+            await mailbox.put([progress])
+            await mailbox.put([progress, news(1)])
+        return [await mailbox.get() or [] for _ in range(mailbox.events.qsize())]
+
+    assert asyncio.run(told()) == 5 * [[progress], [progress, news(1)]] + 15 * [[news(1)]]
 
 
 def test_who_tells_never_waits_for_a_queue_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,4 +79,6 @@ def test_a_notebook_trains_its_own_classes_on_two_workers(tmp_path: Path, monkey
     )
     assert "Points · Line (2 parameters) · 2 workers on CPU" in trained
     assert "epoch 8/8" in trained
+    progress = [output for output in notebook.cells[3].outputs if output.get("data") == {"text/plain": ""}]
+    assert len(progress) == 1  # one, in whose place others came, and which is cleared now
     assert (tmp_path / "runs" / "line" / "result.json").is_file()

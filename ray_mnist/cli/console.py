@@ -4,22 +4,26 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from itertools import dropwhile
 from traceback import walk_stack
-from typing import TextIO
+from typing import Self, TextIO
 
 from rich.console import Console
 
+from ray_mnist.cli.live_line import SEPARATOR, live_line
 from ray_mnist.errors import RequestError, TrainingError, one_line
 from ray_mnist.run.events import (
     CheckpointPassedOver,
     EpochEnded,
     Event,
     Printed,
+    Progress,
     StorageFails,
     WorkersChanged,
     WorkersFailed,
@@ -29,13 +33,17 @@ from ray_mnist.run.outcome import Row
 from ray_mnist.run.records import LAST_COLUMNS, columns
 
 NOISY = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "ray")
+PLAIN_EVERY_S = 60
+# Of a terminal that is gone; the last is rich's, of a pipe that nobody reads.
+GONE = (OSError, ValueError, SystemExit)
 
-console = Console(highlight=False, soft_wrap=True)
+# What users print arrives as it is, through rich too.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def say(line: str) -> None:
     """One line of the run's own."""
-    console.print(line, markup=False)
+    console.print(line)
 
 
 def epoch_line(row: Row, max_epochs: int) -> str:
@@ -46,41 +54,92 @@ def epoch_line(row: Row, max_epochs: int) -> str:
     return f"epoch {row['epoch']:{width}.0f}{of}  {metrics}  {row['samples_per_second']:,.0f} samples/s"
 
 
-class Display:
-    """Shows what a run tells of itself: each epoch once, what rank 0 prints, and each failure.
+def progress_parts(progress: Progress, max_epochs: int) -> list[str]:
+    """Such as `epoch 3/10`, `batch 120/375` and `0:00:12 left`, the most important ones first."""
+    epoch = f"epoch {progress.epoch}{f'/{max_epochs}' if max_epochs > 0 else ''}"
+    phase = "batch" if progress.phase == "training" else progress.phase
+    left, rate, loss, saved = progress.seconds_left, progress.samples_per_second, progress.loss, progress.checkpoint
+    parts = [
+        epoch if progress.phase in ("training", "validation") else None,
+        f"{phase} {progress.batch}{f'/{progress.batches}' if progress.batches else ''}",
+        None if left is None else f"{timedelta(seconds=round(left))} left",
+        None if rate is None else f"{rate:,.0f} samples/s",
+        None if loss is None else f"loss {loss:.4f}",
+        f"{progress.workers} workers" if progress.workers > 1 else None,
+        None if saved is None else f"checkpoint {saved}",
+    ]
+    return [part for part in parts if part]
 
-    A terminal that is gone harms no run.
+
+class Display:
+    """Shows what a run tells of itself: each epoch once, how far it is, what rank 0 prints, and each failure.
+
+    On a terminal and in a notebook a line says how far it is, which is gone after the `with`; elsewhere one a minute
+    does, as long as there is no other. A terminal that is gone harms no run.
 
     Args:
         max_epochs: of the run.
         known: the rows of the epochs that a run before this one has shown.
+        clock: in seconds.
     """
 
-    def __init__(self, max_epochs: int = -1, known: Sequence[Row] = ()) -> None:
+    def __init__(
+        self, max_epochs: int = -1, known: Sequence[Row] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.max_epochs, self.shown = max_epochs, max((row["epoch"] for row in known), default=0)
         self.logs: dict[int, str] = {}  # of each rank
+        self.line = live_line(console)
+        self.clock = clock
+        self.said_at: float | None = None  # when a line last said how far it is, or there was something to say first
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.line:
+            with suppress(*GONE):
+                self.line.close()
 
     def __call__(self, event: Event) -> None:
         """Shows it."""
-        with suppress(OSError, ValueError, SystemExit):  # the last is rich's, for a pipe that nobody reads
+        with suppress(*GONE):
             match event:
                 case EpochEnded(row) if row["epoch"] > self.shown:
                     self.shown = row["epoch"]
+                    self.said_at = self.clock()
                     say(epoch_line(row, self.max_epochs))
+                case Progress():
+                    self._show_progress(progress_parts(event, self.max_epochs))
                 case Printed(text, stream):
-                    print(text, end="", file=getattr(sys, stream), flush=True)
+                    # Above the line on a terminal there can be whole lines only.
+                    print(text, end="", file=getattr(sys, stream), flush=self.line is None)
                 case WorkerStarted(rank, log):
                     self.logs[rank] = log
                 case CheckpointPassedOver(location, why):
                     say(f"passed over the checkpoint {location}: it {why}")
                 case WorkersChanged(message):
+                    self._no_progress()
                     say(f"workers: {message}")
                 case StorageFails(location, why, for_s):
                     say(f"no checkpoint can be written to {location}, trying again for up to {for_s:.0f} s: {why}")
                 case WorkersFailed(ranks, message):
+                    self._no_progress()
                     say(f"failure: {message}")
                     for rank in filter(self.logs.get, ranks):
                         say(f"what worker {rank} printed is in {self.logs[rank]}")
+
+    def _show_progress(self, parts: list[str]) -> None:
+        if self.line:
+            self.line.show(parts)
+        elif self.said_at is None:
+            self.said_at = self.clock()
+        elif self.clock() - self.said_at >= PLAIN_EVERY_S:
+            self.said_at = self.clock()
+            say(SEPARATOR.join(parts))
+
+    def _no_progress(self) -> None:
+        if self.line:
+            self.line.show([])
 
 
 @contextmanager

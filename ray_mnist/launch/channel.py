@@ -16,10 +16,11 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_mnist.run.events import Event, Printed, Tell
+from ray_mnist.run.events import Event, Printed, Progress, Tell
 
 Send = Callable[[list[Event]], None]
 QUEUED = 1000  # batches that wait for a driver which does not take them; more are dropped
+BEHIND = 10  # batches that wait for a driver which is late, and is not told how far the run is until it is not
 PENDING = 100_000  # events of a worker that wait to be sent; older ones are dropped
 BATCH_S = 0.2
 PATIENCE_S = 10  # with a queue that does not answer
@@ -33,8 +34,11 @@ class Mailbox:
         self.stopped = asyncio.Event()
 
     async def put(self, events: list[Event]) -> None:
-        """Takes a batch; raises QueueFull where there is no room."""
-        self.events.put_nowait(events)
+        """Takes a batch; raises QueueFull where there is no room, which how far the run is takes from nothing else."""
+        if self.events.qsize() >= BEHIND:
+            events = [event for event in events if not isinstance(event, Progress)]
+        if events:
+            self.events.put_nowait(events)
 
     async def put_last(self) -> None:
         """Has `get` return None after all batches, for which there need be no room."""

@@ -14,6 +14,26 @@ class EpochEnded:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """Rank 0 is done with `batch`, counted from 1, of the `batches` of a phase; None where they are a stream.
+
+    `phase` is training, validation, test or prediction; `epoch` counts from 1. The samples are those of all workers,
+    and `loss` is that of rank 0's part of the batch, in training only; `checkpoint` is the step of the run
+    folder's newest.
+    """
+
+    phase: str
+    epoch: int
+    batch: int
+    batches: int | None
+    samples_per_second: float | None  # of late
+    seconds_left: float | None  # of the phase
+    loss: float | None
+    workers: int
+    checkpoint: int | None
+
+
+@dataclass(frozen=True)
 class Printed:
     """Code of the user's wrote `text` to `stream`: stdout or stderr."""
 
@@ -61,5 +81,14 @@ class StorageFails:
     for_s: float
 
 
-Event = EpochEnded | Printed | WorkerStarted | WorkersFailed | CheckpointPassedOver | WorkersChanged | StorageFails
+Event = (
+    EpochEnded
+    | Progress
+    | Printed
+    | WorkerStarted
+    | WorkersFailed
+    | CheckpointPassedOver
+    | WorkersChanged
+    | StorageFails
+)
 Tell = Callable[[Event], None]  # never waits for long, and never fails: news must not harm a run

@@ -28,6 +28,11 @@ def checkpoint_name(step: int) -> str:
     return f"checkpoint_{step:09d}"
 
 
+def step_of(checkpoint: str) -> int:
+    """How many optimizer steps the checkpoint of this name was taken after."""
+    return int(checkpoint.rpartition("_")[2])
+
+
 def checksum_line(file: Any) -> bytes:
     """What `CHECKSUM` holds for a checkpoint's file that is open, read to its end."""
     return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {CHECKPOINT}\n".encode()

@@ -1,0 +1,101 @@
+"""Tells whoever follows the run how far it is inside an epoch, at a cost that the training does not notice."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from ray_mnist.callbacks import loss_of
+from ray_mnist.distributed.loaders import samples_seen
+from ray_mnist.distributed.weighting import LossWeighting
+from ray_mnist.run.events import Progress, Tell
+from ray_mnist.run.folder import step_of
+from ray_mnist.run.progress import STAGES
+from ray_mnist.run.uploads import Uploads
+
+EVERY_S = 0.5
+RECENT = 20  # reports, over which the rates are means: ten seconds, or as many batches where each takes longer
+
+
+class ProgressReporter(Callback):
+    """Tells, on rank 0, of a batch that ends half a second or more after the last that it told of.
+
+    Other batches cost a look at the clock. Only of one that it tells of it reads the loss, this rank's, for which a
+    device that is not the CPU has to finish the steps that wait there; there is no collective in it.
+
+    Args:
+        tell: takes the news.
+        weighting: knows which part of the training batch was rank 0's.
+        uploads: knows the newest checkpoint, if the task makes any.
+        clock: in seconds.
+    """
+
+    def __init__(
+        self,
+        tell: Tell,
+        weighting: LossWeighting,
+        uploads: Uploads | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.tell, self.weighting, self.uploads, self.clock = tell, weighting, uploads, clock
+        self.due = -math.inf
+        self.phase: tuple[str, int, int] | None = None
+        self.recent: deque[tuple[float, int, int]] = deque(maxlen=RECENT)  # time, batches and samples of the phase
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Tells of it if it is time."""
+        if self.clock() >= self.due:
+            loss = loss_of(outputs)
+            self._report(trainer, batch_idx, trainer.num_training_batches, None if loss is None else loss.item())
+
+    def _evaluated(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.clock() >= self.due and not trainer.sanity_checking:
+            validated_or_tested = trainer.num_val_batches if trainer.validating else trainer.num_test_batches
+            batches = trainer.num_predict_batches if trainer.predicting else validated_or_tested
+            self._report(trainer, batch_idx, batches[dataloader_idx], loader=dataloader_idx)
+
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _evaluated
+
+    def _report(
+        self, trainer: Trainer, batch_idx: int, batches: int | float, loss: float | None = None, loader: int = 0
+    ) -> None:
+        word, loaders = STAGES[trainer.state.stage or ""]
+        now, batch = self.clock(), batch_idx + 1
+        # Of a batch, this rank's shard is this part.
+        part = (self.weighting.weight if trainer.training else 1.0) / trainer.world_size
+        samples = samples_seen(getattr(trainer, loaders))
+        newest = self.uploads.newest if self.uploads else None
+        self.due = now + EVERY_S
+        phase = word, trainer.current_epoch, loader
+        if phase != self.phase or batch <= self.recent[-1][1]:  # which is validated several times in an epoch
+            self.phase = phase
+            self.recent.clear()
+        self.recent.append((now, batch, samples))
+        then, first, samples_then = self.recent[0]
+        seconds, known = now - then, batches != math.inf
+        self.tell(
+            Progress(
+                phase=word,
+                epoch=trainer.current_epoch + 1,
+                batch=batch,
+                batches=int(batches) if known else None,
+                samples_per_second=(samples - samples_then) / part / seconds if seconds and part else None,
+                seconds_left=(batches - batch) * seconds / (batch - first) if seconds and known else None,
+                loss=loss,
+                workers=trainer.world_size,
+                checkpoint=step_of(newest) if newest else None,
+            )
+        )
