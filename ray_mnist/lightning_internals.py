@@ -12,13 +12,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.load import _METADATA_FILENAME as METADATA
+from lightning_fabric.utilities.load import _METADATA_FILENAME
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultMetric
 from torch import Tensor
 from torchmetrics import Metric
 
-REST_OF_SHARDS = METADATA  # the file with all of a checkpoint in shards that is no shard
+REST_OF_SHARDS = _METADATA_FILENAME  # the file with all of a checkpoint in shards that is no shard
 MetricPart = tuple[str, Tensor, float]  # how to reduce it, a worker's value, and the weight that it has
 
 

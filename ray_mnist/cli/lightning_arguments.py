@@ -122,7 +122,8 @@ def refuse_strategy(strategy: Any, config: RunConfig) -> None:
     elif not type(strategy).__module__.startswith("ray.train.lightning"):
         raise RequestError(
             f"strategy={type(strategy).__name__}(…) cannot run on workers that Ray starts: use ray.train.lightning's, "
-            f"such as RayDDPStrategy with the same arguments, Lightning's ModelParallelStrategy, or one of {', '.join(STRATEGIES)}."
+            "such as RayDDPStrategy with the same arguments, Lightning's ModelParallelStrategy, or one of "
+            f"{', '.join(STRATEGIES)}."
         )
 
 

@@ -140,7 +140,9 @@ class SavesOwnPart(Strategy):
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """What rank `src` has, but for that path."""
-        return obj if isinstance(obj, Path) and obj == self.own_path else super().broadcast(obj, src)
+        if isinstance(obj, Path) and obj == self.own_path:
+            return obj
+        return super().broadcast(obj, src)  # type: ignore[safe-super]
 
 
 class LoadsOncePerNode(Strategy):

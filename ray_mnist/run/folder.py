@@ -262,16 +262,16 @@ class RunFolder:
     def _aside(self, name: str) -> str:
         return self.at(f".{name}-{uuid.uuid4().hex}")
 
-    def keep_only(self, newest: str, best: str | None, newer: bool = False) -> None:
+    def keep_only(self, *names: str | None, newer_than: str | None = None) -> None:
         """Deletes every checkpoint but these, and what a kill left half-written.
 
-        With `newer` those that are newer stay, of which other ranks may be writing their parts.
+        Those that are `newer_than` a name stay: other ranks may be writing their parts of them.
         """
         selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
         for info in self.fs.get_file_info(selector):
             name = posixpath.basename(info.path)
-            kept = info.is_file is not False or name in (newest, best) or name in self._in_use
-            kept = kept or (newer and name > newest)
+            kept = info.is_file is not False or name in names or name in self._in_use
+            kept = kept or (newer_than is not None and name > newer_than)
             if name.startswith((".checkpoint_", "checkpoint_")) and not kept:
                 self.fs.delete_dir(info.path)
 
@@ -308,6 +308,8 @@ def fetched(fs: Any, path: str, folder: str | None = None) -> Iterator[str]:
     with scratch_folder(folder) as here:
         local = os.path.join(here, posixpath.basename(path))
         aside = f"{local}.{uuid.uuid4().hex}"
+        if fs.get_file_info(path).type == pyarrow.fs.FileType.Directory:
+            os.mkdir(aside)
         pyarrow.fs.copy_files(path, aside, source_filesystem=fs)
         os.replace(aside, local)
         yield local

@@ -1,4 +1,4 @@
-"""Checkpoints in shards: folders of torch.distributed.checkpoint, of which each rank of a sharded model writes a part."""
+"""Checkpoints in shards: folders of torch.distributed.checkpoint, of which each rank writes a part."""
 
 import io
 import os

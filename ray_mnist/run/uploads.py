@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +83,7 @@ class Uploads:
         """
         with self._lock:
             waiting = on_all({each.name for each in self._waiting})
-            self._drop_waiting(waiting - {saved.best})
+            self._drop_waiting(waiting - {saved.best or ""})
             self._waiting.append(saved)
             if self._idle.is_set():
                 self._idle.clear()
@@ -112,7 +112,7 @@ class Uploads:
             self.check()
         self.check()
 
-    def _drop_waiting(self, names: set[str | None]) -> None:
+    def _drop_waiting(self, names: Collection[str]) -> None:
         for saved in self._waiting:
             if saved.name in names:
                 saved.held.close()
@@ -135,15 +135,15 @@ class Uploads:
     def _upload(self, saved: Saved) -> None:
         with saved.held:
             self._insist(lambda: self.folder.add_checkpoint(saved.source, saved.name, self._went_on, saved.part))
-            if saved.part:
-                if saved.part.rank:  # the rest is rank 0's
-                    return
-                while not self._insist(lambda: self.folder.join_parts(saved.name, saved.part)):
-                    went_on()  # the ranks that are not there yet look after themselves
-                    self._closed.wait(LOOK_S)
+            if (part := saved.part) and part.rank:
+                return  # the rest is rank 0's
+            while part and not self._insist(lambda: self.folder.join_parts(saved.name, part)):
+                went_on()  # the ranks that are not there yet look after themselves
+                self._closed.wait(LOOK_S)
             self.newest = saved.name
             self._insist(lambda: self.folder.write("metrics.csv", metrics_csv(saved.history)))
-            self._insist(lambda: self.folder.keep_only(saved.name, saved.best, newer=saved.part is not None))
+            newer_than = saved.name if part else None
+            self._insist(lambda: self.folder.keep_only(saved.name, saved.best, newer_than=newer_than))
         for row in saved.history[self.told :]:
             self.tell(EpochEnded(row))
         self.told = len(saved.history)
