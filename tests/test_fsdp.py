@@ -150,13 +150,13 @@ class Dies(pl.Callback):
 
 @pytest.mark.slow
 def test_a_run_of_which_a_rank_dies_while_it_saves_goes_on_bit_identical(storage: str, gloo: None) -> None:
-    options: dict[str, Any] = {"strategy": ModelParallelStrategy(), "checkpoint_every_n_steps": 2}
+    options: dict[str, Any] = {"strategy": ModelParallelStrategy(), "checkpoint_every_n_steps": 4}
     _, undisturbed = fit(storage, "undisturbed", **options)
     with pytest.raises(TrainingError, match="worker 1 died"):
         fit(storage, "run", callbacks=[Dies()], **options)
     folder, passed_over = RunFolder(storage, "run"), list[str]()
     newest = folder.newest_sound_checkpoint(lambda *each: passed_over.append(each[1]))
-    assert newest in map(checkpoint_name, (2, 4, 6, STEPS))  # an object store may not have been given the last yet
+    assert newest in map(checkpoint_name, (4, STEPS))  # an object store may not have been given the last yet
     assert {*passed_over} <= {"is not complete"}
     _, resumed = fit(storage, "run", resume=True, **options)
     assert all(map(torch.equal, resumed.state_dict().values(), undisturbed.state_dict().values()))

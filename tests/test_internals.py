@@ -200,12 +200,9 @@ def test_lightning_still_has_what_is_used_of_it(tmp_path: Path) -> None:
 
 
 def test_lightning_still_says_how_a_model_in_shards_is_saved() -> None:
-    assert [saves_shards(ModelParallelStrategy(save_distributed_checkpoint=each)) for each in (True, False)] == [
-        True,
-        False,
-    ]
-    assert [saves_shards(FSDPStrategy(state_dict_type=each)) for each in ("sharded", "full")] == [True, False]
-    assert not saves_shards(DDPStrategy())
+    in_shards = [ModelParallelStrategy(), FSDPStrategy(state_dict_type="sharded")]
+    in_one_file = [ModelParallelStrategy(save_distributed_checkpoint=False), FSDPStrategy(), DDPStrategy()]
+    assert [saves_shards(each) for each in [*in_shards, *in_one_file]] == [True] * 2 + [False] * 3
     assert parallel_sizes(ModelParallelStrategy(4, 2)) == (4, 2)
     assert REST_OF_SHARDS == "meta.pt"  # which checkpoints that were saved have
 
