@@ -164,12 +164,14 @@ def test_a_run_of_which_a_rank_dies_while_it_saves_goes_on_bit_identical(storage
 
 
 def test_the_example_trains(gloo: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = "--width 32 --layers 1 --length 64 --batch-size 512 --max-epochs 2"
+    small = "--width 32 --layers 1 --length 64 --batch-size 256 --max-steps 3"
     monkeypatch.setattr("sys.argv", ["transformer.py", *small.split(), "--storage-path", str(tmp_path)])
     runpy.run_path(str(Path(__file__).parents[1] / "examples" / "transformer.py"), run_name="__main__")
     (run,) = tmp_path.iterdir()
-    first, last = read_metrics(RunFolder(str(tmp_path), run.name))
-    assert last["val_loss"] < first["val_loss"] < 6  # of 256 bytes that are equally likely it is 5.5
+    folder = RunFolder(str(tmp_path), run.name)
+    assert folder.has(f"{checkpoint_name(3)}/{CHECKPOINT}/__1_0.distcp")
+    (row,) = read_metrics(folder)
+    assert 4 < row["train_loss"] < 6  # of 256 bytes that are equally likely it is 5.5
 
 
 # Folders and their parts, without training

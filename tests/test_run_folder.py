@@ -211,7 +211,7 @@ def test_a_checkpoint_in_place_of_another_is_never_measured_by_the_others_checks
     folder = in_memory()
     folder.add_checkpoint(saved(1), checkpoint_name(1))
 
-    def killed(_: object) -> bytes:
+    def killed(*_: object) -> bytes:
         raise OSError("killed")
 
     with monkeypatch.context() as patch:

@@ -174,21 +174,27 @@ class RunFolder:
         return [name for name in names if name.startswith("checkpoint_")]
 
     def _as_written(self, name: str) -> bool:
-        for line in self._checksums(name):
-            file = line.split(maxsplit=1)[1]
+        if (lines := self._checksums(name)) is None:
+            return True
+        for file, line in lines.items():
+            if not self.has(f"{name}/{file}"):
+                return False
             with self.fs.open_input_stream(self.at(f"{name}/{file}"), buffer_size=READ_BYTES) as stream:
                 if checksum_line(stream, file) != f"{line}\n".encode():
                     return False
-        return True
+        return bool(lines)
 
-    def _checksums(self, name: str) -> list[str]:
-        file = f"{name}/{CHECKSUM}"
-        return self.read(file).decode(errors="replace").splitlines() if self.has(file) else []
+    def _checksums(self, name: str) -> dict[str, str] | None:
+        """The lines of `CHECKSUM`, by the files that they name; None if there is no such file."""
+        if not self.has(f"{name}/{CHECKSUM}"):
+            return None
+        lines = self.read(f"{name}/{CHECKSUM}").decode(errors="replace").splitlines()
+        return {line.partition("  ")[2] or "?": line for line in lines}
 
     def _whole(self, name: str) -> bool:
         info = self.fs.get_file_info(self.at(f"{name}/{CHECKPOINT}"))
         if info.type == pyarrow.fs.FileType.Directory:  # in shards, and the checksums come last
-            files = [line.split(maxsplit=1)[1] for line in self._checksums(name) if len(line.split(maxsplit=1)) == 2]
+            files = self._checksums(name)
             return bool(files) and all(self.has(f"{name}/{file}") for file in files)
         if info.type == pyarrow.fs.FileType.NotFound:
             return False
@@ -216,8 +222,9 @@ class RunFolder:
             if not self.is_local and part is None and self.has(f"{name}/{CHECKSUM}"):
                 self.fs.delete_file(checksum)
             self._copy(Path(source), aside, went_on)
+        lines = checksum_lines(Path(source))
         with self.fs.open_output_stream(checksum) as stream:
-            stream.write(checksum_lines(Path(source)))
+            stream.write(lines)
         if self.is_local:
             shutil.rmtree(target, ignore_errors=True)
             os.rename(aside, target)
