@@ -20,8 +20,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from ray_mnist import RequestError
 from ray_mnist.errors import one_line
-from ray_mnist.run.folder import CHECKPOINT, CHECKSUM, RunFolder, checkpoint_name, scratch_folder
+from ray_mnist.run.folder import CHECKPOINT, CHECKSUM, RunFolder, checkpoint_name
 from ray_mnist.run.records import metrics_csv, read_metrics, throughput, to_json
+from ray_mnist.run.scratch import scratch_folder
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -19,7 +19,8 @@ from ray_mnist.distributed.loaders import shard_loader
 from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.errors import RequestError
 from ray_mnist.lightning_internals import is_sharded
-from ray_mnist.run.folder import CHECKPOINT, fetched, scratch_path
+from ray_mnist.run.folder import CHECKPOINT
+from ray_mnist.run.scratch import fetched, scratch_path
 from ray_mnist.run.shards import check_shards, put_together
 from ray_mnist.run.trust import refused
 
@@ -157,11 +158,11 @@ class LoadsOncePerNode(Strategy):
         try:
             with ExitStack() as copies:
                 path = copies.enter_context(on_each_node(self, str(checkpoint_path)))
-                if os.path.isdir(path) and is_sharded(self):
-                    check_shards(path) if plain else None
-                elif os.path.isdir(path):
+                if os.path.isdir(path) and not is_sharded(self):
                     put = partial(put_together, path, plain)
                     path = copies.enter_context(once_per_node(self, put, CHECKPOINT))
+                elif os.path.isdir(path) and plain:
+                    check_shards(path)
                 return super().load_checkpoint(path, weights_only)
         except pickle.UnpicklingError as error:
             raise refused(str(checkpoint_path)) from error

@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from ray_mnist.lightning_internals import REST_OF_SHARDS
-from ray_mnist.run.folder import CHECKPOINT, local_file, scratch_folder
+from ray_mnist.run.folder import CHECKPOINT
+from ray_mnist.run.scratch import local_file, scratch_folder
 
 INDEX = ".metadata"  # a pickle
 IN_INDEX = {
