@@ -192,7 +192,7 @@ class RunFolder:
     def _whole(self, name: str) -> bool:
         info = self.fs.get_file_info(self.at(f"{name}/{CHECKPOINT}"))
         if info.type == pyarrow.fs.FileType.Directory:  # in shards, and the checksums come last
-            files = self._checksums(name)
+            files = self._checksums(name) or {}
             return bool(files) and all(self.has(f"{name}/{file}") for file in files)
         if info.type == pyarrow.fs.FileType.NotFound:
             return False
