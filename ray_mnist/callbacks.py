@@ -6,10 +6,12 @@ the test.
 
 import math
 import time
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,12 @@ from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from ray_mnist.distributed.agreement import RankZero
-from ray_mnist.distributed.collectives import gather, total
+from ray_mnist.distributed.collectives import common_to_all, gather, total
 from ray_mnist.distributed.loaders import samples_seen
 from ray_mnist.distributed.sharding import seed_cpu
 from ray_mnist.errors import Stopped, TrainingError
-from ray_mnist.run.folder import CHECKPOINT, checkpoint_name
+from ray_mnist.lightning_internals import saves_shards
+from ray_mnist.run.folder import CHECKPOINT, Part, checkpoint_name
 from ray_mnist.run.outcome import Row
 from ray_mnist.run.trust import check_saved, keep_plain_hyperparameters
 from ray_mnist.run.uploads import Saved, Uploads
@@ -168,12 +171,25 @@ class Recorder(Checkpoint):
         with ExitStack() as held:
             folder = held.enter_context(self.uploads.folder.new_checkpoint(name))
             self.saving = True
+            part = self._part(trainer, folder)
             trainer.save_checkpoint(folder / CHECKPOINT)  # all ranks together, and none goes on before it is whole
-            if trainer.is_global_zero:
-                check_saved(str(folder / CHECKPOINT))
-                self.uploads.add(Saved(name, folder, held.pop_all(), self.best, list(self.history)))
+            if part or trainer.is_global_zero:
+                check_saved(folder / CHECKPOINT)
+                saved = Saved(name, folder, held.pop_all(), self.best, list(self.history), part)
+                self.uploads.add(saved, *([common_to_all] if part else []))
             self.saving = False
         self.rank_zero.saved()
+
+    def _part(self, trainer: Trainer, folder: Path) -> Part | None:
+        """This rank's part of a checkpoint that is to be saved, where each rank has one to bring into the run folder.
+
+        It is in this rank's own `folder` then. Elsewhere all ranks write to rank 0's, which is in the run folder.
+        """
+        strategy: Any = trainer.strategy
+        if self.uploads.folder.is_local or not saves_shards(strategy):
+            return None
+        strategy.own_path = folder / CHECKPOINT
+        return Part(strategy.broadcast(uuid.uuid4().hex), trainer.global_rank, trainer.world_size)
 
 
 def versions(module: LightningModule) -> list[int]:

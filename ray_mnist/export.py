@@ -2,6 +2,8 @@
 
 import copy
 import os
+import pickle
+import shutil
 import sys
 import uuid
 import warnings
@@ -13,7 +15,7 @@ from typing import Any, Literal
 
 from ray_mnist.cli import console
 from ray_mnist.cli.parser import make_command
-from ray_mnist.cli.saved_run import RUN_FOLDER, build, load, open_run
+from ray_mnist.cli.saved_run import RUN_FOLDER, SavedRun, build, load, open_run
 from ray_mnist.errors import RequestError, TrainingError, one_line
 
 SAMPLES = 64  # of the batch that stands in for a test set
@@ -30,14 +32,18 @@ def export() -> None:
     parser = make_command("export", "Write the best model of a run as a file that is used without this package.")
     parser.add_argument("run_folder", help=RUN_FOLDER)
     parser.add_argument("out", help="the file to write")
-    kinds = Literal["onnx", "torch-export", "safetensors"]
-    parser.add_argument("--format", type=kinds, required=True, help="safetensors has the weights alone")
+    kinds = Literal["onnx", "torch-export", "safetensors", "checkpoint"]
+    what = "safetensors has the weights alone; checkpoint is the run's own, in one file where it is in shards"
+    parser.add_argument("--format", type=kinds, required=True, help=what)
     options, run = open_run(parser)
-    write = {"onnx": write_onnx, "torch-export": write_program, "safetensors": write_weights}[options.format]
     out = Path(options.out).expanduser()
     if not out.parent.is_dir():
         raise RequestError(f"{out} cannot be written: there is no folder {out.parent}.")
     aside = out.with_name(f".{uuid.uuid4().hex}{out.suffix}")
+    if options.format == "checkpoint":
+        copy_checkpoint(run, aside, out)
+        return
+    write = {"onnx": write_onnx, "torch-export": write_program, "safetensors": write_weights}[options.format]
     model, data = build(parser, run)
     load(run, model)
     batches, what = batches_of(model, data)
@@ -52,6 +58,30 @@ def export() -> None:
     finally:
         aside.unlink(missing_ok=True)
     console.say(f"{out} gives what {run.folder}/{run.checkpoint} gives, to {difference:.1g}, on {count:,} {what}")
+
+
+def copy_checkpoint(run: SavedRun, aside: Path, out: Path) -> None:
+    """Writes the run's checkpoint as Lightning has it: one file.
+
+    Raises:
+        RequestError: it cannot be written, or could run code.
+    """
+    from ray_mnist.run.shards import whole_file
+    from ray_mnist.run.trust import refused
+
+    location = run.folder.location(run.checkpoint)
+    try:
+        with whole_file(location) as path:
+            assert path
+            shutil.copyfile(path, aside)
+        os.replace(aside, out)
+    except pickle.UnpicklingError as error:
+        raise refused(location) from error
+    except OSError as error:
+        raise RequestError(f"{out} cannot be written: {one_line(error)}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+    console.say(f"{out} is {run.folder}/{run.checkpoint}")
 
 
 def batches_of(model: Any, data: Any) -> tuple[Iterator[Any], str]:

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.load import _METADATA_FILENAME
+from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultMetric
 from torch import Tensor
 from torchmetrics import Metric
 
+REST_OF_SHARDS = _METADATA_FILENAME  # the file with all of a checkpoint in shards that is no shard
 MetricPart = tuple[str, Tensor, float]  # how to reduce it, a worker's value, and the weight that it has
 
 
@@ -127,6 +130,23 @@ def loggers_want_this_step(trainer: pl.Trainer) -> bool:
     """Whether there are loggers, and the step is one of each `log_every_n_steps`."""
     connector: Any = trainer._logger_connector
     return bool(trainer.loggers and connector.should_update_logs)
+
+
+def saves_shards(strategy: Any) -> bool:
+    """Whether its checkpoints are folders, of which each rank writes a part."""
+    if isinstance(strategy, ModelParallelStrategy):
+        return strategy._save_distributed_checkpoint
+    return isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded"
+
+
+def is_sharded(strategy: Any) -> bool:
+    """Whether each rank has a part of the model only; all need each other in each step, and such folders are loaded."""
+    return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
+
+
+def parallel_sizes(strategy: ModelParallelStrategy) -> tuple[int | str, int | str]:
+    """How many workers share the data, and how many each layer: a number or `auto`."""
+    return strategy._data_parallel_size, strategy._tensor_parallel_size
 
 
 def checkpoint_at_this_step(trainer: pl.Trainer) -> bool:

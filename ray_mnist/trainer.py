@@ -6,7 +6,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from ray_mnist.errors import RequestError, Stopped
 from ray_mnist.launch.select import prepare
 from ray_mnist.run import lock, report
 from ray_mnist.run.events import EpochEnded
-from ray_mnist.run.folder import RunFolder, local_file
+from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, TrainerState
 from ray_mnist.run.records import read_metrics
 from ray_mnist.run.report import Result
+from ray_mnist.run.shards import whole_file
 from ray_mnist.run.trust import refused
 from ray_mnist.worker import Job
 
@@ -236,8 +237,8 @@ class Trainer:
         return next((callback for callback in self.callbacks if isinstance(callback, EarlyStopping)), None)
 
     def save_checkpoint(self, filepath: str | Path) -> None:
-        """Copies the newest checkpoint of the last `fit`."""
-        with local_file(self._checkpoint("last")) as path:
+        """Copies the newest checkpoint of the last `fit`, as one file."""
+        with whole_file(self._checkpoint("last")) as path:
             if path is None:
                 raise RequestError("There is no checkpoint yet: call fit first.")
             Path(filepath).parent.mkdir(parents=True, exist_ok=True)
@@ -363,15 +364,17 @@ def load_weights(model: pl.LightningModule, location: str, weights_only: bool = 
     Raises:
         RequestError: it holds more than tensors and plain types, and `weights_only` is true.
     """
-    with local_file(location) as path:
-        assert path
+    with ExitStack() as copy:
         try:
+            path = copy.enter_context(whole_file(location, weights_only))
+            assert path
             checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
         except pickle.UnpicklingError as error:
             raise refused(location) from error
         model.on_load_checkpoint(checkpoint)
-        model.configure_model()
         trained = checkpoint["state_dict"]
+        if not trained.keys() <= model.state_dict().keys():  # what else it does, such as sharding, is for the workers
+            model.configure_model()
         try:
             for name, weight in model.state_dict(keep_vars=True).items():
                 weight.data = weight.data.to(trained[name].dtype) if name in trained else weight.data

@@ -21,7 +21,7 @@ from ray_mnist.distributed.loaders import resumable_loaders
 from ray_mnist.distributed.metrics import EpochSoFar, MetricSync
 from ray_mnist.distributed.serialization import fingerprints, public_state, sendable
 from ray_mnist.distributed.sharding import interleave
-from ray_mnist.distributed.strategy import LoadsOncePerNode, WeighsLosses, extend, shard_loaders
+from ray_mnist.distributed.strategy import LoadsOncePerNode, SavesOwnPart, WeighsLosses, extend, shard_loaders
 from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.errors import RequestError
 from ray_mnist.lightning_internals import leave_sigterm_alone, spare_each_step
@@ -201,9 +201,13 @@ def predict(job: Job, context: WorkerContext) -> Evaluation:
     job.model.allow_zero_length_dataloader_with_multiple_devices = allowed
     compare_draws(trainer, trainer.predict_dataloaders)
     evaluation = Evaluation(trainer_state=trainer_state(trainer))
+    several = trainer.predict_loop.num_dataloaders > 1
+    if mine and (repeated := [loader.repeated for loader in resumable_loaders(trainer.predict_dataloaders)]):
+        each = zip(mine if several else [mine], repeated, strict=True)
+        kept = [batches[: len(batches) - more] for batches, more in each]
+        mine = kept if several else kept[0]
     found = gather(trainer, mine) if trainer.predict_loop.return_predictions else []
     if found and found[0] is not None:
-        several = trainer.predict_loop.num_dataloaders > 1
         ranks = [rank or ([[]] * len(found[0]) if several else []) for rank in found]
         evaluation.predictions = (
             [interleave(each) for each in zip(*ranks, strict=True)] if several else interleave(ranks)
@@ -232,6 +236,7 @@ def make_trainer(
     follow(trainer)
     shard_loaders(trainer, job.seed, presharded)
     extend(trainer.strategy, LoadsOncePerNode)
+    extend(trainer.strategy, SavesOwnPart)
     weighting = LossWeighting()
     extend(trainer.strategy, WeighsLosses, weighting=weighting)
     spare_each_step(trainer)

@@ -16,12 +16,19 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.profilers import PassThroughProfiler, SimpleProfiler
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultMetric
 from ray.train import ScalingConfig
 from torch.utils.data import DataLoader, TensorDataset
 
 from ray_mnist.launch.local import LocalContext
-from ray_mnist.lightning_internals import leave_sigterm_alone, spare_each_step
+from ray_mnist.lightning_internals import (
+    REST_OF_SHARDS,
+    leave_sigterm_alone,
+    parallel_sizes,
+    saves_shards,
+    spare_each_step,
+)
 from ray_mnist.worker import Job, make_trainer
 
 PACKAGE = Path(__file__).parents[1] / "ray_mnist"
@@ -190,6 +197,14 @@ def test_lightning_still_has_what_is_used_of_it(tmp_path: Path) -> None:
     log = inspect.signature(trainer.fit_loop.epoch_loop._results.log).parameters
     assert [*log][:2] == ["fx", "name"]
     assert "sync_dist_fn" in log
+
+
+def test_lightning_still_says_how_a_model_in_shards_is_saved() -> None:
+    in_shards = [ModelParallelStrategy(), FSDPStrategy(state_dict_type="sharded")]
+    in_one_file = [ModelParallelStrategy(save_distributed_checkpoint=False), FSDPStrategy(), DDPStrategy()]
+    assert [saves_shards(each) for each in [*in_shards, *in_one_file]] == [True] * 2 + [False] * 3
+    assert parallel_sizes(ModelParallelStrategy(4, 2)) == (4, 2)
+    assert REST_OF_SHARDS == "meta.pt"  # which checkpoints that were saved have
 
 
 def train_a_step(callback: pl.Callback, spare: bool = True, leave_sigterm: bool = False) -> pl.Trainer:

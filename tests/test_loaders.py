@@ -522,6 +522,7 @@ def stands(rank: int = 0, world_size: int = 1, task: str = "training", epoch: in
         predicting=task == "predicting",
         current_epoch=epoch,
         global_step=0,
+        strategy=None,
         fit_loop=SimpleNamespace(
             epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=epoch, ready=epoch + 1)),
             epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(processed=batch))),

@@ -20,8 +20,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from ray_mnist import RequestError
 from ray_mnist.errors import one_line
-from ray_mnist.run.folder import CHECKPOINT, CHECKSUM, RunFolder, checkpoint_name, scratch_folder
+from ray_mnist.run.folder import CHECKPOINT, CHECKSUM, RunFolder, checkpoint_name
 from ray_mnist.run.records import metrics_csv, read_metrics, throughput, to_json
+from ray_mnist.run.scratch import scratch_folder
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -211,7 +212,7 @@ def test_a_checkpoint_in_place_of_another_is_never_measured_by_the_others_checks
     folder = in_memory()
     folder.add_checkpoint(saved(1), checkpoint_name(1))
 
-    def killed(_: object) -> bytes:
+    def killed(*_: object) -> bytes:
         raise OSError("killed")
 
     with monkeypatch.context() as patch:

@@ -248,7 +248,7 @@ class Steps:
         self.uploads = Uploads(folder, self.told.append, lambda: self.now)
         add = RunFolder.add_checkpoint
 
-        def take(folder: RunFolder, source: Path, name: str, went_on: Callable[[], None]) -> None:
+        def take(folder: RunFolder, source: Path, name: str, went_on: Callable[[], None], part: None) -> None:
             while (order := self.orders.get(timeout=SECONDS)) == "part":
                 went_on()
                 self.followed.put(order)

@@ -7,10 +7,12 @@ import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import ProgressBar
+from pytorch_lightning.strategies import ModelParallelStrategy
 
 from ray_mnist.cli import console
 from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError, one_line
+from ray_mnist.lightning_internals import parallel_sizes
 from ray_mnist.lightning_package import is_foreign, package_in_use
 
 FIND_UNUSED = "ddp_find_unused_parameters_true"
@@ -106,11 +108,22 @@ def refuse_strategy(strategy: Any, config: RunConfig) -> None:
                 f"strategy={strategy!r} cannot run on workers that Ray starts: use one of {', '.join(STRATEGIES)}."
             )
         if strategy == "fsdp" and not config.use_gpu:
-            raise RequestError("strategy='fsdp' needs GPUs: give use_gpu=True, or use 'ddp'.")
+            raise RequestError(
+                "strategy='fsdp' needs GPUs: give use_gpu=True, or use 'ddp', or Lightning's ModelParallelStrategy(), "
+                "which shards on CPUs too."
+            )
+    elif isinstance(strategy, ModelParallelStrategy):
+        data, tensors = parallel_sizes(strategy)
+        if data not in ("auto", config.num_workers) or tensors not in ("auto", 1):
+            raise RequestError(
+                f"ModelParallelStrategy(data_parallel_size={data!r}, tensor_parallel_size={tensors!r}): here all "
+                "workers share the data, and none shares a layer: leave both out."
+            )
     elif not type(strategy).__module__.startswith("ray.train.lightning"):
         raise RequestError(
             f"strategy={type(strategy).__name__}(…) cannot run on workers that Ray starts: use ray.train.lightning's, "
-            f"such as RayDDPStrategy with the same arguments, or one of {', '.join(STRATEGIES)}."
+            "such as RayDDPStrategy with the same arguments, Lightning's ModelParallelStrategy, or one of "
+            f"{', '.join(STRATEGIES)}."
         )
 
 

@@ -11,7 +11,7 @@ import yaml
 from ray_mnist.cli.early import answer_what_is_not_of_classes
 from ray_mnist.cli.parser import BASES, Parser, add_classes, expand, make, name_classes
 from ray_mnist.errors import RequestError, one_line
-from ray_mnist.run.folder import CHECKPOINT, RunFolder, local_file
+from ray_mnist.run.folder import CHECKPOINT, RunFolder
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -113,20 +113,22 @@ def load(run: SavedRun, model: "LightningModule") -> None:
     """
     import torch
 
+    from ray_mnist.run.shards import whole_file
     from ray_mnist.run.trust import refused
 
     location = run.folder.location(run.checkpoint)
-    with local_file(location) as path:
-        assert path
-        try:
+    try:
+        with whole_file(location) as path:
+            assert path
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             model.on_load_checkpoint(checkpoint)
-            model.configure_model()
+            if not checkpoint["state_dict"].keys() <= model.state_dict().keys():
+                model.configure_model()
             model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
-        except pickle.UnpicklingError as error:
-            raise refused(location) from error
-        except (EOFError, RuntimeError) as error:
-            raise misfit(location, error) from error
+    except pickle.UnpicklingError as error:
+        raise refused(location) from error
+    except (EOFError, RuntimeError) as error:
+        raise misfit(location, error) from error
     model.eval()
 
 

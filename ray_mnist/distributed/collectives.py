@@ -12,6 +12,13 @@ def total(trainer: pl.Trainer, count: float) -> float:
     return float(trainer.strategy.reduce(mine, reduce_op="sum"))
 
 
+def common_to_all(mine: set[str]) -> set[str]:
+    """What is in `mine` on all ranks."""
+    found: list[set[str]] = [set() for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(found, mine)
+    return set.intersection(*found)
+
+
 def gather(trainer: pl.Trainer, mine: Any) -> list[Any]:
     """On rank 0 what each rank has, in their order; nothing on the others."""
     if trainer.world_size == 1:

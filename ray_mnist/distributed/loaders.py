@@ -24,11 +24,13 @@ from ray_mnist.distributed.sharding import (
     ShardedStream,
     WorkerInit,
     round_robin,
+    round_robin_in_step,
     seed_generators,
     shard_evaluation,
     shard_training,
 )
 from ray_mnist.errors import RequestError
+from ray_mnist.lightning_internals import is_sharded
 
 BatchSlice = tuple[int, int | None, int]
 
@@ -67,6 +69,7 @@ class ResumableLoader:
         self.start = 0  # the batch that the next time through begins with
         self.ended = False
         self.samples = 0  # handed out so far; of an evaluation, those of this one
+        self.repeated = 0  # batches of a prediction that do not count
         self.batch = 0  # the next one's number in the epoch
         self.weights: dict[int, float] = {}  # of the epoch's batches not yet trained on, by their numbers
         self.seeds_itself = False  # whether all that draws on the way to a batch is seeded where it draws
@@ -92,7 +95,7 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[Any]:
         epoch, batch = self.position()
         if not self.training:
-            self.samples = 0
+            self.samples = self.repeated = 0
         if not (self.training and self.ended and epoch == self.epoch_pass[0]):
             self.epoch_pass, self.start, self.batch = (epoch, 0), batch, batch
         self.ended = False
@@ -108,6 +111,7 @@ class ResumableLoader:
                 continue
             samples, weight, batch = found
             self.samples += samples
+            self.repeated += not weight
             if self.weighing:
                 self.weights[self.batch] = weight
             self.batch += 1
@@ -232,6 +236,8 @@ def shard_loader(
 ) -> ResumableLoader:
     """What this rank has of `loader`, the `number`th of its kind.
 
+    Of a model in shards all ranks have equally many batches, in prediction too.
+
     Raises:
         RequestError: it cannot be shared out.
     """
@@ -245,6 +251,7 @@ def shard_loader(
 
     options: dict[str, Any] = {"seed": seed, "position": position, "number": number, "training": training}
     options["weighing"] = training and world_size > 1
+    shard_batches: ShardBatches
     batch_slice: BatchSlice = ALL
     if trainer.predicting:
         batch_slice = (0, limit if isinstance(limit, int) else limit_of(limit, loader), 1)
@@ -254,11 +261,20 @@ def shard_loader(
         return ResumableLoader(loader, batch_slice=batch_slice, **options)  # the user's own code shards it
     if trainer.predicting:
         batch_slice = (rank, batch_slice[1], world_size)
+        if is_sharded(trainer.strategy) and world_size > 1:
+            if not batched or stream:
+                raise RequestError(
+                    f"{describe(loader)} cannot be shared out batch by batch for a model in shards, which all workers "
+                    "need together: predict from a DataLoader over a data set that is no stream."
+                )
+            shard_batches = partial(round_robin_in_step, batch_slice=batch_slice)
+            length = partial(sliced_length, (0, *batch_slice[1:]))
+            return ShardedLoader(loader, shard_batches=shard_batches, length=length, **options)
         if not batched:
             return ResumableLoader(loader, batch_slice=batch_slice, **options)
         # Those of a stream can come from several processes, and take turns only once they are here.
         here, there = (batch_slice, ALL) if stream else (ALL, batch_slice)
-        shard_batches: ShardBatches = partial(round_robin, batch_slice=there)
+        shard_batches = partial(round_robin, batch_slice=there)
         length = partial(sliced_length, batch_slice)
         return ShardedLoader(loader, shard_batches=shard_batches, length=length, batch_slice=here, **options)
     if not batched:

@@ -81,6 +81,20 @@ def round_robin(batches: Iterable[Any], batch_slice: tuple[int, int | None, int]
         yield Shard(batch, len(batch), 1.0)
 
 
+def round_robin_in_step(batches: Iterable[Any], batch_slice: tuple[int, int | None, int]) -> Iterator[Shard]:
+    """For prediction with a model of which each rank has a part: as many batches for each, which they need together.
+
+    A rank that would have one less than others has the last batch of all in its place, which does not count.
+    """
+    rank, stop, world_size = batch_slice
+    number, batch = -1, None
+    for number, batch in enumerate(islice(batches, stop)):
+        if number % world_size == rank:
+            yield Shard(batch, len(batch), 1.0)
+    if batch is not None and number % world_size < rank:
+        yield Shard(batch, 0, 0.0)
+
+
 def interleave(per_rank: Sequence[Sequence[Any]]) -> list[Any]:
     """Undoes `round_robin`: what each rank made of its batches, in the order of the batches."""
     return [rank[turn] for turn in range(max(map(len, per_rank))) for rank in per_rank if turn < len(rank)]

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import ray
 import ray.train
 import torch
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from ray import cloudpickle
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig
 from ray_mnist.checks.preflight import Bundle, Cluster
 from ray_mnist.cli.lightning_arguments import FIND_UNUSED
 from ray_mnist.config import RunConfig
-from ray_mnist.distributed.strategy import FollowsFreezing, StaysOnDevice, extend
+from ray_mnist.distributed.strategy import FollowsFreezing, StaysOnDevice, WhollySharded, extend
 from ray_mnist.errors import RequestError, Stopped, TrainingError
 from ray_mnist.launch import pause
 from ray_mnist.launch.ahead import RAY_TRAIN_SETTINGS
@@ -103,7 +103,7 @@ def lightning_integration() -> Any:
 
 
 def make_strategy(wanted: Any) -> Any:
-    """Ray's strategy of this name; one of Ray's own is taken as it is."""
+    """Ray's strategy of this name; one of Ray's own, or Lightning's ModelParallelStrategy, is taken as it is."""
     if wanted == "fsdp":
         # One file, so that any number of workers and the driver can load it.
         return lightning_integration().RayFSDPStrategy(state_dict_type="full")
@@ -113,6 +113,8 @@ def make_strategy(wanted: Any) -> Any:
     if isinstance(wanted, DDPStrategy):
         extend(wanted, StaysOnDevice)
         extend(wanted, FollowsFreezing)
+    if isinstance(wanted, ModelParallelStrategy):
+        extend(wanted, WhollySharded, ray_device=ray.train.torch.get_device())
     return wanted
 
 

@@ -33,8 +33,8 @@ from ray_mnist.launch import local
 from ray_mnist.launch.channel import Send, over_pipe
 from ray_mnist.launch.output import root_logger, worker_output
 from ray_mnist.run.events import Event, Tell
-from ray_mnist.run.folder import scratch_folder
 from ray_mnist.run.outcome import Evaluation, Outcome
+from ray_mnist.run.scratch import scratch_folder
 from ray_mnist.worker import Job, run_and_collect
 
 Address = tuple[str, int]  # where the processes find each other

@@ -1,26 +1,25 @@
 """The run folder: checkpoints, metrics and result, in a local folder or in an object store."""
 
-import fcntl
 import hashlib
 import os
 import posixpath
 import shutil
-import tempfile
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
 
 from ray_mnist.errors import RequestError, one_line
+from ray_mnist.run.scratch import fetched, scratch_folder
 
 CHECKPOINT = "checkpoint.ckpt"
 CHECKSUM = f"{CHECKPOINT}.sha256"  # as sha256sum writes it, and checks it with -c
 READ_BYTES = 8 << 20  # at a time: an object store is asked anew for each
-SCRATCH = "ray_mnist-scratch-"  # what the names of temporary folders begin with
 
 
 def checkpoint_name(step: int) -> str:
@@ -33,9 +32,35 @@ def step_of(checkpoint: str) -> int:
     return int(checkpoint.rpartition("_")[2])
 
 
-def checksum_line(file: Any) -> bytes:
-    """What `CHECKSUM` holds for a checkpoint's file that is open, read to its end."""
-    return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {CHECKPOINT}\n".encode()
+def checksum_line(file: Any, name: str = CHECKPOINT) -> bytes:
+    """What `CHECKSUM` holds for a file of a checkpoint that is open, read to its end."""
+    return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n".encode()
+
+
+def checksum_lines(source: Path) -> bytes:
+    """What `CHECKSUM` holds for a checkpoint in the local folder `source`: one file, or in shards a folder of them."""
+    lines = []
+    for path in [source / CHECKPOINT, *sorted((source / CHECKPOINT).rglob("*"))]:
+        if path.is_file():
+            with path.open("rb") as file:
+                lines.append(checksum_line(file, path.relative_to(source).as_posix()))
+    return b"".join(lines)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank has of a checkpoint in shards, of which each rank writes its own to an object store.
+
+    `saved` tells this checkpoint from others of its name, as of a run that was resumed.
+    """
+
+    saved: str
+    rank: int
+    world_size: int
+
+    def checksums(self, rank: int) -> str:
+        """The name of the file with the checksums of a rank's part, which says that the part is there."""
+        return f"part-{rank}-{self.saved}.sha256"
 
 
 class RunFolder:
@@ -152,45 +177,68 @@ class RunFolder:
         return [name for name in names if name.startswith("checkpoint_")]
 
     def _as_written(self, name: str) -> bool:
-        file = f"{name}/{CHECKSUM}"
-        if not self.has(file):
+        if (lines := self._checksums(name)) is None:
             return True
-        with self.fs.open_input_stream(self.at(f"{name}/{CHECKPOINT}"), buffer_size=READ_BYTES) as stream:
-            return self.read(file) == checksum_line(stream)
+        for file, line in lines.items():
+            if not self.has(f"{name}/{file}"):
+                return False
+            with self.fs.open_input_stream(self.at(f"{name}/{file}"), buffer_size=READ_BYTES) as stream:
+                if checksum_line(stream, file) != f"{line}\n".encode():
+                    return False
+        return bool(lines)
+
+    def _checksums(self, name: str) -> dict[str, str] | None:
+        """The lines of `CHECKSUM`, by the files that they name; None if there is no such file."""
+        if not self.has(f"{name}/{CHECKSUM}"):
+            return None
+        lines = self.read(f"{name}/{CHECKSUM}").decode(errors="replace").splitlines()
+        return {line.partition("  ")[2] or "?": line for line in lines}
 
     def _whole(self, name: str) -> bool:
-        file = f"{name}/{CHECKPOINT}"
-        if not self.has(file):
+        info = self.fs.get_file_info(self.at(f"{name}/{CHECKPOINT}"))
+        if info.type == pyarrow.fs.FileType.Directory:  # in shards, and the checksums come last
+            files = self._checksums(name) or {}
+            return bool(files) and all(self.has(f"{name}/{file}") for file in files)
+        if info.type == pyarrow.fs.FileType.NotFound:
             return False
         # torch writes a zip, whose directory comes last: an upload that was cut off has none.
-        with self.fs.open_input_file(self.at(file)) as stream, suppress(ValueError):  # too short for a directory
+        with self.fs.open_input_file(info.path) as stream, suppress(ValueError):  # too short for a directory
             return zipfile.is_zipfile(stream)
         return False
 
-    def add_checkpoint(self, source: str | Path, name: str, went_on: Callable[[], None] = lambda: None) -> None:
+    def add_checkpoint(
+        self, source: str | Path, name: str, went_on: Callable[[], None] = lambda: None, part: Part | None = None
+    ) -> None:
         """Takes the folder `source` in as checkpoint `name`, whole or not at all.
 
-        One of `new_checkpoint` is moved where that can be, any other is copied, and `went_on` called for each part.
-        Its file gets a checksum beside it.
+        One of `new_checkpoint` is moved where that can be, any other is copied, and `went_on` called for each 8 MiB.
+        Its files get their checksums beside them. Of one in an object store the folder may be a `part`, and the
+        checkpoint is whole once `join_parts` says so.
         """
         target = self.at(name)
         is_aside = self.is_local and Path(source).parent == Path(self.path)
         aside = str(source) if is_aside else self._aside(name) if self.is_local else target
-        checksum = posixpath.join(aside, CHECKSUM)
+        checksum = posixpath.join(aside, CHECKSUM if part is None else part.checksums(part.rank))
         if not is_aside:
             self.fs.create_dir(aside)
             # A kill leaves a new file without a checksum, and never one with that of the file it takes the place of.
-            if not self.is_local and self.has(f"{name}/{CHECKSUM}"):
+            if not self.is_local and part is None and self.has(f"{name}/{CHECKSUM}"):
                 self.fs.delete_file(checksum)
             self._copy(Path(source), aside, went_on)
-        if Path(source, CHECKPOINT).is_file():  # strategies of the user's may make it a folder
-            with open(Path(source, CHECKPOINT), "rb") as file:
-                line = checksum_line(file)
-            with self.fs.open_output_stream(checksum) as stream:
-                stream.write(line)
+        lines = checksum_lines(Path(source))
+        with self.fs.open_output_stream(checksum) as stream:
+            stream.write(lines)
         if self.is_local:
             shutil.rmtree(target, ignore_errors=True)
             os.rename(aside, target)
+
+    def join_parts(self, name: str, part: Part) -> bool:
+        """Makes a checkpoint whole, of which each rank adds a part: what was added, once all parts are there."""
+        files = [f"{name}/{part.checksums(rank)}" for rank in range(part.world_size)]
+        if not all(self.has(file) for file in files):
+            return False
+        self.write(f"{name}/{CHECKSUM}", b"".join(self.read(file) for file in files))
+        return True
 
     def _copy(self, source: Path, target: str, went_on: Callable[[], None]) -> None:
         for path in sorted(source.rglob("*")):
@@ -224,23 +272,27 @@ class RunFolder:
     def _aside(self, name: str) -> str:
         return self.at(f".{name}-{uuid.uuid4().hex}")
 
-    def keep_only(self, *names: str | None) -> None:
-        """Deletes every checkpoint but these, and what a kill left half-written."""
+    def keep_only(self, *names: str | None, newer_than: str | None = None) -> None:
+        """Deletes every checkpoint but these, and what a kill left half-written.
+
+        Those that are `newer_than` a name stay: other ranks may be writing their parts of them.
+        """
         selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
         for info in self.fs.get_file_info(selector):
             name = posixpath.basename(info.path)
             kept = info.is_file is not False or name in names or name in self._in_use
+            kept = kept or (newer_than is not None and name > newer_than)
             if name.startswith((".checkpoint_", "checkpoint_")) and not kept:
                 self.fs.delete_dir(info.path)
 
     def location(self, checkpoint: str) -> str:
-        """The path or URI of the checkpoint's file, good wherever the storage path is."""
+        """The path or URI of the checkpoint's file, or folder of shards, good wherever the storage path is."""
         file = posixpath.join(checkpoint, CHECKPOINT)
         return self.at(file) if self.is_local else posixpath.join(self.storage_path, self.name, file)
 
     @contextmanager
     def local_checkpoint(self, name: str | None) -> Iterator[str | None]:
-        """The checkpoint's file as a local path, for the time of the `with`."""
+        """The checkpoint's file, or folder of shards, as a local path, for the time of the `with`."""
         if name is None:
             yield None
         elif self.is_local:
@@ -248,64 +300,3 @@ class RunFolder:
         else:
             with fetched(self.fs, self.at(f"{name}/{CHECKPOINT}")) as path:
                 yield path
-
-
-@contextmanager
-def local_file(location: str | None) -> Iterator[str | None]:
-    """The file at a path or URI as a local path, for the time of the `with`."""
-    if location is None or "://" not in location:
-        yield location
-    else:
-        with fetched(*pyarrow.fs.FileSystem.from_uri(location)) as path:
-            yield path
-
-
-@contextmanager
-def fetched(fs: Any, path: str, folder: str | None = None) -> Iterator[str]:
-    """A local copy of a file, in a scratch folder that is there for the time of the `with`."""
-    with scratch_folder(folder) as here:
-        local = os.path.join(here, posixpath.basename(path))
-        aside = f"{local}.{uuid.uuid4().hex}"
-        pyarrow.fs.copy_files(path, aside, source_filesystem=fs)
-        os.replace(aside, local)
-        yield local
-
-
-def scratch_path() -> str:
-    """A path for a scratch folder that no other process will hit on."""
-    return os.path.join(tempfile.gettempdir(), f"{SCRATCH}{uuid.uuid4().hex}")
-
-
-@contextmanager
-def scratch_folder(path: str | None = None) -> Iterator[str]:
-    """A temporary folder, for the time of the `with`; those that killed processes left in the same place go.
-
-    A process holds a lock on its folder for as long as it lives.
-    """
-    path = path or scratch_path()
-    for left in Path(path).parent.glob(f"{SCRATCH}*"):
-        # It is in use, or somebody else's, or gone by now.
-        with suppress(OSError), locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            shutil.rmtree(left)
-    with ExitStack() as held:
-        locked_in_time = False  # before another process took it for one that was left
-        while not locked_in_time:
-            os.makedirs(path, mode=0o700, exist_ok=True)
-            with suppress(FileNotFoundError):
-                held.enter_context(locked(path, fcntl.LOCK_SH))
-            locked_in_time = os.path.isdir(path)
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def locked(folder: str | Path, how: int) -> Iterator[None]:
-    """A lock on a folder, for the time of the `with`, of one of the kinds of `fcntl.flock`."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, how)
-        yield
-    finally:
-        os.close(handle)

@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,6 +10,7 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from ray_mnist.errors import RequestError
+from ray_mnist.lightning_internals import REST_OF_SHARDS
 
 
 def keep_plain_hyperparameters(checkpoint: dict[str, Any]) -> list[str]:
@@ -34,8 +36,9 @@ def is_plain(value: Any) -> bool:
     return not get_unsafe_globals_in_checkpoint(file)
 
 
-def check_saved(path: str) -> None:
+def check_saved(path: Path) -> None:
     """Raises RequestError if the checkpoint at `path` holds objects, which a run could not go on from."""
+    path = path / REST_OF_SHARDS if path.is_dir() else path
     # Strategies of the user's may write something else than torch's file.
     if zipfile.is_zipfile(path) and (objects := get_unsafe_globals_in_checkpoint(path)):
         raise RequestError(

@@ -2,14 +2,15 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ray_mnist.errors import Stopped, TrainingError, one_line
 from ray_mnist.run.events import EpochEnded, StorageFails, Tell
-from ray_mnist.run.folder import RunFolder
+from ray_mnist.run.folder import Part, RunFolder
 from ray_mnist.run.outcome import Row
 from ray_mnist.run.progress import went_on
 from ray_mnist.run.records import metrics_csv
@@ -22,13 +23,17 @@ CLOSE_S = 30  # for what is under way when a training breaks off
 
 @dataclass
 class Saved:
-    """A checkpoint in a local folder, which `held` removes; `best` and `history` are those of its step."""
+    """A checkpoint in a local folder, which `held` removes; `best` and `history` are those of its step.
+
+    It may be this rank's `part` of a checkpoint, of which each rank has `Uploads`.
+    """
 
     name: str
     source: Path
     held: ExitStack
     best: str | None
     history: list[Row]
+    part: Part | None = None
 
 
 class Uploads:
@@ -65,13 +70,20 @@ class Uploads:
             self._idle.wait(CLOSE_S)
         with self._lock:
             self._closed.set()
-            self._drop_waiting()
+            self._drop_waiting({each.name for each in self._waiting})
         self._idle.wait(LOOK_S)  # the thread ends at once, unless the storage does not answer
 
-    def add(self, saved: Saved) -> None:
-        """Takes a checkpoint, which is the newest."""
+    def add(self, saved: Saved, on_all: Callable[[set[str]], set[str]] = lambda waiting: waiting) -> None:
+        """Takes a checkpoint, which is the newest.
+
+        Args:
+            saved: the checkpoint, or this rank's part of it.
+            on_all: which of the names that wait here do so on all ranks that have a part. None is dropped that another
+                rank is uploading.
+        """
         with self._lock:
-            self._drop_waiting(but=saved.best)
+            waiting = on_all({each.name for each in self._waiting})
+            self._drop_waiting(waiting - {saved.best or ""})
             self._waiting.append(saved)
             if self._idle.is_set():
                 self._idle.clear()
@@ -100,11 +112,11 @@ class Uploads:
             self.check()
         self.check()
 
-    def _drop_waiting(self, but: str | None = None) -> None:
+    def _drop_waiting(self, names: Collection[str]) -> None:
         for saved in self._waiting:
-            if saved.name != but:
+            if saved.name in names:
                 saved.held.close()
-        self._waiting = [saved for saved in self._waiting if saved.name == but]
+        self._waiting = [saved for saved in self._waiting if saved.name not in names]
 
     def _upload_waiting(self) -> None:
         while True:
@@ -122,21 +134,27 @@ class Uploads:
 
     def _upload(self, saved: Saved) -> None:
         with saved.held:
-            self._insist(lambda: self.folder.add_checkpoint(saved.source, saved.name, self._went_on))
+            self._insist(lambda: self.folder.add_checkpoint(saved.source, saved.name, self._went_on, saved.part))
+            if (part := saved.part) and part.rank:
+                return  # the rest is rank 0's
+            while part and not self._insist(lambda: self.folder.join_parts(saved.name, part)):
+                went_on()  # the ranks that are not there yet look after themselves
+                self._closed.wait(LOOK_S)
             self.newest = saved.name
             self._insist(lambda: self.folder.write("metrics.csv", metrics_csv(saved.history)))
-            self._insist(lambda: self.folder.keep_only(saved.name, saved.best))
+            newer_than = saved.name if part else None
+            self._insist(lambda: self.folder.keep_only(saved.name, saved.best, newer_than=newer_than))
         for row in saved.history[self.told :]:
             self.tell(EpochEnded(row))
         self.told = len(saved.history)
 
-    def _insist(self, write: Callable[[], object]) -> None:
+    def _insist(self, write: Callable[[], Any]) -> Any:
         """Writes, again and again where the storage fails, for as long as somebody wants it."""
         self._furthest = 0
         while not self._closed.is_set():
             self._parts = 0
             try:
-                write()
+                written = write()
             except OSError as error:
                 if self._why is None:
                     self.tell(StorageFails(str(self.folder), one_line(error), PATIENCE_S))
@@ -145,7 +163,7 @@ class Uploads:
                 self._closed.wait(RETRY_S)
             else:
                 self._why, self._moved_at = None, self.clock()
-                return
+                return written
         raise Stopped
 
     def _went_on(self) -> None:
