@@ -87,7 +87,7 @@ def ray_cluster() -> Iterator[str]:
         )
         address_file = Path(folder, "ray_current_cluster")
         try:
-            wait_until(lambda: address_file.exists() and head.poll() is None, 60, "the Ray head to start")
+            wait_until(lambda: address_file.exists() and head.poll() is None, 240, "the Ray head to start")
             yield address_file.read_text().strip()
         finally:
             processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]

@@ -103,7 +103,7 @@ class Network:
 
     def run(self, *command: str) -> None:
         """Runs a command in the network."""
-        subprocess.run(self.inside(*command), check=True, env=os.environ | {"PATH": PATH}, timeout=30)
+        subprocess.run(self.inside(*command), check=True, env=os.environ | {"PATH": PATH}, timeout=600)
 
     def close(self) -> None:
         """Switches everything off."""
@@ -171,9 +171,9 @@ class Machine:
                 stderr=log,
                 env={"PATH": PATH, "HOME": self.home, "LANG": "C.UTF-8"},
             )
-        wait_until(lambda: bool(psutil.Process(self.process.pid).children()), 10, "the first process")
+        wait_until(lambda: bool(psutil.Process(self.process.pid).children()), 240, "the first process")
         self.network.plug_in(psutil.Process(self.process.pid).children()[0].pid, self.address)
-        wait_until((run / "sshd.pid").exists, 30, f"{self.name} to boot (see {self.disk / 'boot.log'})")
+        wait_until((run / "sshd.pid").exists, 240, f"{self.name} to boot (see {self.disk / 'boot.log'})")
 
     def off(self) -> None:
         """Cuts the power: every process of the machine is gone at once."""

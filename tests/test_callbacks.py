@@ -17,8 +17,6 @@ from ray_mnist.run import plots
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Outcome, TrainerState
 
-pytestmark = pytest.mark.timeout(60)
-
 FORK = multiprocessing.get_context("fork")
 ALONE: Any = SimpleNamespace(world_size=1, test_dataloaders=None, strategy=None)
 

@@ -89,7 +89,6 @@ def cloud() -> Iterator[Cloud]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_up_train_lose_a_spot_machine_and_down(cloud: Cloud) -> None:
     laptop = cloud.laptop = Laptop(cloud.network, "198.18.0.1")
     with (laptop.home_on_disk / ".bashrc").open("a") as file:
@@ -119,7 +118,7 @@ def test_up_train_lose_a_spot_machine_and_down(cloud: Cloud) -> None:
         assert {instance["MetadataOptions"]["HttpTokens"] for instance in instances} == {"required"}
         lost = workers[0]["InstanceId"]
         aws(f'client("ec2").terminate_instances(InstanceIds=["{lost}"])')
-        said, _ = run.communicate(timeout=400)
+        said, _ = run.communicate(timeout=600)
     finally:
         run.kill()
     assert run.returncode == 0, said

@@ -28,7 +28,7 @@ def commands() -> dict[str, set[str]]:
 def test_the_pages_name_options_that_there_are(name: str) -> None:
     arguments = ["--help"] if (ROOT / "ray_mnist" / f"{name}.py").is_file() else pytest.fail(f"there is no {name}")
     done = subprocess.run(
-        [sys.executable, "-m", f"ray_mnist.{name}", *arguments], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-m", f"ray_mnist.{name}", *arguments], capture_output=True, text=True, check=True, timeout=600
     )
     known = set(re.findall(r"--[\w-]+", done.stdout)) | {"--help", "--version", "--model", "--data"}
     assert {option.partition(".")[0] for option in commands()[name]} <= known

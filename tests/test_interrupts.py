@@ -22,7 +22,7 @@ from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.lock import CLAIM
 
 STARTING = StartedController.__name__
-pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.timeout(240)]
+pytestmark = pytest.mark.usefixtures("cluster")
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def ctrl_c_once(condition: Callable[[], bool]) -> Iterator[None]:
     pressed = threading.Event()
 
     def press() -> None:
-        wait_until(condition, 120, "the time for Ctrl-C")
+        wait_until(condition, 240, "the time for Ctrl-C")
         pressed.set()
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -45,7 +45,7 @@ def ctrl_c_once(condition: Callable[[], bool]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     assert pressed.is_set()
     assert placement_groups() == []
-    wait_until(lambda: not actors(), 10, "the processes to end")
+    wait_until(lambda: not actors(), 240, "the processes to end")
 
 
 @pytest.mark.parametrize("when", [pytest.param("starting", marks=pytest.mark.slow), "training"])

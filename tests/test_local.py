@@ -36,8 +36,6 @@ from ray_mnist.run.outcome import Outcome, Row, TrainerState
 from ray_mnist.run.report import write_result
 from ray_mnist.trainer import load_weights
 
-pytestmark = pytest.mark.timeout(120)
-
 STEPS_PER_EPOCH = 1151 // 64
 EPOCHS = 3
 LAST = EPOCHS * STEPS_PER_EPOCH

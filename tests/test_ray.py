@@ -54,7 +54,7 @@ assert asks.process == process
 
 @pytest.mark.slow
 def test_a_run_takes_the_workers_that_were_started_before_it(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", STARTED], cwd=tmp_path, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", STARTED], cwd=tmp_path, check=True, timeout=600)
 
 
 def fit(folder: Path, name: str, num_workers: int, **arguments: Any) -> Trainer:
@@ -184,8 +184,8 @@ def test_deaths_in_starting_and_of_the_controller_are_failures_like_any_other(cl
     killed: list[int] = []
 
     def kill_when(actor_class: str, condition: Callable[[], bool] = lambda: True) -> None:
-        wait_until(condition, 120, "its time to die")
-        wait_until(lambda: process_of(actor_class) not in (0, *killed), 120, f"the process of a {actor_class}")
+        wait_until(condition, 240, "its time to die")
+        wait_until(lambda: process_of(actor_class) not in (0, *killed), 240, f"the process of a {actor_class}")
         killed.append(process_of(actor_class))
         os.kill(killed[-1], signal.SIGKILL)
 
@@ -267,11 +267,11 @@ def test_a_run_whose_driver_ends_leaves_nothing_and_resumes(how: signal.Signals,
     driver = start(tmp_path, "--max-epochs", "1000")
     folder = RunFolder(str(tmp_path / "runs"), "run")
     try:
-        wait_until(lambda: len(folder.checkpoints()) > 0 or driver.poll() is not None, 120, "the first checkpoint")
+        wait_until(lambda: len(folder.checkpoints()) > 0 or driver.poll() is not None, 240, "the first checkpoint")
         started = descendants(driver.pid)
         driver.send_signal(how)
-        output, _ = driver.communicate(timeout=30)
-        _, alive = psutil.wait_procs(started, timeout=10)
+        output, _ = driver.communicate(timeout=600)
+        _, alive = psutil.wait_procs(started, timeout=600)
     finally:
         driver.kill()
     if how == signal.SIGKILL:

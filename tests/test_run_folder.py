@@ -23,8 +23,6 @@ from ray_mnist.errors import one_line
 from ray_mnist.run.folder import CHECKPOINT, CHECKSUM, RunFolder, checkpoint_name, scratch_folder
 from ray_mnist.run.records import metrics_csv, read_metrics, throughput, to_json
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def local(tmp_path: Path) -> RunFolder:

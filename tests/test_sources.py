@@ -32,8 +32,6 @@ from ray_mnist.data.download import prepare
 from ray_mnist.data.sources import MNIST_FILES, SOURCES, load
 from ray_mnist.errors import RequestError
 
-pytestmark = pytest.mark.timeout(60)
-
 # One clean process that has imported all and forks the rest: a child starts at once, and without our threads.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["ray_mnist.data.download"])
@@ -168,7 +166,7 @@ def is_waiting(log: Path) -> bool:
 def fetching_and_waiting(data_dir: Path, mirror: Mirror) -> Iterator[tuple[BaseProcess, BaseProcess]]:
     """Two processes that ask for the same data set: the first is half-way, the second waits for it."""
     with fetching_half(data_dir, mirror) as first, fetching(data_dir, mirror) as (second, log):
-        wait_until(lambda: is_waiting(log), 30, "the second process to wait")
+        wait_until(lambda: is_waiting(log), 240, "the second process to wait")
         yield first, second
 
 
@@ -177,7 +175,7 @@ def fetching_half(data_dir: Path, mirror: Mirror) -> Iterator[BaseProcess]:
     """A process that has fetched half of a file, and no more while the mirror's gate is closed."""
     mirror.gate.clear()
     with fetching(data_dir, mirror) as (child, _):
-        wait_until(lambda: is_half_way(data_dir), 30, "half of a file")
+        wait_until(lambda: is_half_way(data_dir), 240, "half of a file")
         yield child
 
 

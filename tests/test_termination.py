@@ -17,7 +17,6 @@ from ray_mnist.launch import termination
 from ray_mnist.launch.termination import on_sigterm
 from ray_mnist.run.folder import RunFolder, checkpoint_name
 
-pytestmark = pytest.mark.timeout(120)
 SECONDS = 60  # more than a signal takes
 
 

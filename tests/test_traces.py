@@ -183,7 +183,6 @@ def call(rank: int, port: int, settings: dict[str, Any]) -> tuple[Any, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_twenty_calls_in_one_process_are_as_twenty_in_processes_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

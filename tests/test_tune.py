@@ -50,7 +50,7 @@ def leaves_nothing(cluster: None) -> Iterator[None]:
     """After the test there are no more actors and placement groups than before, asked through Ray's own state."""
     before = actors()
     yield
-    wait_until(lambda: not placement_groups() and actors() <= before, 30, "the sweep's actors and placements to go")
+    wait_until(lambda: not placement_groups() and actors() <= before, 240, "the sweep's actors and placements to go")
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -339,16 +339,16 @@ def test_a_trial_that_is_killed_frees_its_workers_where_rays_own_run_does_not(
     trainer_class: type[TorchTrainer], freed: bool, cluster: None, tmp_path: Path
 ) -> None:
     trial = placement_group([{"CPU": 0.01}, {"CPU": 1}, {"CPU": 1}])
-    ray.get(trial.ready(), timeout=30)
+    ray.get(trial.ready(), timeout=600)
     inside = PlacementGroupSchedulingStrategy(trial, placement_group_bundle_index=0)
     actor = TrialActor.options(scheduling_strategy=inside).remote()
     actor.fit.remote(trainer_class, str(tmp_path))
-    wait_until(lambda: {"0", "1"} <= {path.name for path in tmp_path.iterdir()}, 90, "the workers to start")
+    wait_until(lambda: {"0", "1"} <= {path.name for path in tmp_path.iterdir()}, 240, "the workers to start")
     ray.kill(actor)
     remove_placement_group(trial)  # as Ray Tune does
     try:
         if freed:
-            wait_until(lambda: not placement_groups(), 20, f"{placement_groups()} to be gone")
+            wait_until(lambda: not placement_groups(), 240, f"{placement_groups()} to be gone")
         else:  # the next trial would wait for these for ever
             time.sleep(20)
             assert len(placement_groups()) == 1
@@ -378,7 +378,7 @@ def test_a_killed_sweep_goes_on_where_it_was(command: Run, tmp_path: Path) -> No
         return {path.name: read_metrics(RunFolder(str(trials), path.name)) for path in trials.glob("*")}
 
     try:
-        wait_until(lambda: sum(len(rows) > 3 for rows in histories().values()) >= 2, 120, "two trials to be under way")
+        wait_until(lambda: sum(len(rows) > 3 for rows in histories().values()) >= 2, 240, "two trials to be under way")
         below = psutil.Process(driver.pid).children(recursive=True)
     finally:
         driver.kill()
@@ -402,7 +402,6 @@ def test_a_killed_sweep_goes_on_where_it_was(command: Run, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_sweep_on_mnist_finds_a_good_model(command: Run, mnist_files: Path, tmp_path: Path) -> None:
     trials = 8
     done = command(
@@ -421,7 +420,7 @@ def test_a_sweep_on_mnist_finds_a_good_model(command: Run, mnist_files: Path, tm
     assert sum(row["status"] == "stopped early" for row in rows) >= trials / 3
     result = json.loads((tmp_path / "runs" / "sweep" / "result.json").read_text())
     assert result["test_accuracy"] >= 0.97
-    again = command("--config=runs/sweep/best_config.yaml", "--name=again", timeout=400)
+    again = command("--config=runs/sweep/best_config.yaml", "--name=again", timeout=600)
     assert again.returncode == 0, again.stderr
     best = json.loads((tmp_path / "runs" / "again" / "result.json").read_text())
     assert best["val_accuracy"] == pytest.approx(result["val_accuracy"], abs=0.005)

@@ -31,8 +31,6 @@ from ray_mnist.run.progress import position
 from ray_mnist.run.records import read_metrics
 from ray_mnist.run.uploads import Saved, Uploads
 
-pytestmark = pytest.mark.timeout(120)
-
 SECONDS = 60  # more than anything here takes
 STEPS_PER_EPOCH, LAST = 17, 34
 # What the storages below put something else in place of, where they train.

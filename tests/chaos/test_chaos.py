@@ -11,7 +11,7 @@ import torch
 from harness import Nodes, Schedule, carry_out, draw, nodes
 from program import STEPS_PER_EPOCH
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
