@@ -61,6 +61,22 @@ StrictModes no
 UsePAM no
 Subsystem sftp internal-sftp
 """
+# What has to be replaced in a cluster file, so that Ray does not take a machine for dead that is only slow.
+PATIENT = {"RAY_health_check_timeout_ms=2000": "RAY_health_check_timeout_ms=10000"}
+HELD = """\
+import pathlib
+import time
+
+import boto3
+
+from ray_mnist.models import SimpleModel
+
+
+class Held(SimpleModel):
+    def on_train_epoch_start(self) -> None:
+        while self.current_epoch == 1 and not {condition}:
+            time.sleep(1)
+"""
 
 
 class Network:
@@ -229,6 +245,11 @@ class Laptop(Machine):
             assert old in text, f"{old!r} is not in {file}"
             text = text.replace(old, new)
         path.write_text(text)
+
+    def hold_second_epoch(self, until: str) -> str:
+        """The name of a model, in the package here, that waits in its second epoch until an expression is true."""
+        (self.project / "ray_mnist" / "held.py").write_text(HELD.format(condition=until))
+        return "ray_mnist.held.Held"
 
     def do(self, command: str, timeout: float = 200) -> str:
         """What a command in the checkout, with its environment active, writes; fails the test if the command fails."""

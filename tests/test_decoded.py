@@ -160,7 +160,7 @@ def test_of_two_at_once_one_decodes(data_dir: Path, monkeypatch: pytest.MonkeyPa
 
     def slowly(dataset: str, data_dir: Path) -> sources.Images:
         decodings.append(1)
-        assert go.wait(60)
+        assert go.wait(240)
         return load(dataset, data_dir)
 
     monkeypatch.setattr(decoded, "FileLock", Lock)

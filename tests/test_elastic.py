@@ -74,7 +74,7 @@ class Gate(pl.Callback):
 @pytest.fixture
 def nodes() -> Iterator[LocalCluster]:
     """A head without CPUs, and two machines with one each; that one has gone is noticed within seconds."""
-    quick = {"health_check_period_ms": 500, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
+    quick = {"health_check_period_ms": 500, "health_check_timeout_ms": 20_000, "health_check_failure_threshold": 3}
     with tempfile.TemporaryDirectory(prefix="ray-") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
@@ -111,7 +111,7 @@ class Running:
         threading.Thread(target=run, daemon=True).start()
 
     def done(self) -> Trainer:
-        return self.fitted.result(120)
+        return self.fitted.result(600)
 
 
 def changes_of(folder: RunFolder) -> list[tuple[int, int, str]]:
@@ -170,7 +170,7 @@ def test_a_run_leaves_a_machine_that_will_be_taken_away_without_losing_a_step(
     wait_until(lambda: gate.last(2) == 5, 240, "two workers")
     node = gate.steps[-1][2]
     with metadata_server() as metadata:
-        when = (datetime.now(UTC) + timedelta(seconds=120)).isoformat()
+        when = (datetime.now(UTC) + timedelta(seconds=900)).isoformat()
         metadata.pages["/latest/meta-data/spot/instance-action"] = json.dumps({"action": "terminate", "time": when})
         environment = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{metadata.host}", "RAY_ADDRESS": nodes.address}
         agent = [sys.executable, "-m", "ray_mnist.notices", "aws", "--node-id", node]

@@ -81,7 +81,7 @@ def test_workers_stay_for_the_next_call_until_something_else_needs_them(
     assert not {*first} & {*second}
     assert not psutil.pid_exists(first[0])
 
-    Trainer(**options, keep_workers=0).test(SimpleModel(), data, verbose=False)
+    Trainer(**options, keep_workers=0.1).test(SimpleModel(), data, verbose=False)
     assert notes.take() == second
     wait_until(lambda: not actors() and not placement_groups(), 240, "the workers to end")
 
@@ -90,9 +90,6 @@ def test_workers_stay_for_the_next_call_until_something_else_needs_them(
     assert not {*second} & {*notes.take()}
     assert KEEPER.controller is not None
     assert ray.get(wants_a_cpu.remote(), timeout=600) == "done"
-    wait_until(lambda: not actors() and not placement_groups(), 240, "the workers to end")
-
-    Trainer(**options, keep_workers=0.1).test(SimpleModel(), data, verbose=False)
     wait_until(lambda: not actors() and not placement_groups(), 240, "the workers to end")
 
 
@@ -109,9 +106,10 @@ def test_a_run_that_fails_or_leaves_something_behind_keeps_no_workers(
     trainer = Trainer(**options, keep_workers=1000)
     trainer.test(Leaves(), data, verbose=False)
     first = notes.take()
-    trainer.test(Leaves(), data, verbose=False)
-    second = notes.take()
-    assert not {*first} & {*second}
+    Trainer(**options, keep_workers=0).test(Leaves(), data, verbose=False)
+    assert not {*first} & {*notes.take()}
+    assert not actors()
+    assert not placement_groups()
     with pytest.raises(TrainingError, match="a bug in the model"):
         trainer.test(Broken(), data, verbose=False)
     wait_until(lambda: not actors() and not placement_groups(), 240, "the workers to end")

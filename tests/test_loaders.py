@@ -236,7 +236,7 @@ class Handshake(Dataset[int]):
         if index:
             self.last.set()
         else:
-            assert self.last.wait(60)
+            assert self.last.wait(240)
         return index
 
     def __len__(self) -> int:

@@ -382,7 +382,7 @@ def test_a_run_killed_inside_an_epoch_goes_on_at_the_next_sample(whole: Run, tmp
     stop = Stop(at=STEPS_PER_EPOCH + 7, by=signal.SIGKILL)
     process = multiprocessing.get_context("spawn").Process(target=train_in_a_process_of_its_own, args=(tmp_path, stop))
     process.start()
-    process.join(100)
+    process.join(240)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -440,7 +440,7 @@ def test_a_run_killed_in_mid_save_leaves_nothing_outside_of_its_folder(
     killer = KilledInMidSave(2 * STEPS_PER_EPOCH)
     process = multiprocessing.get_context("fork").Process(target=train_with, args=(tmp_path, killer))
     process.start()
-    process.join(60)
+    process.join(240)
     assert process.exitcode == -signal.SIGKILL
     assert not list((tmp_path / "tmp").glob("ray_mnist-*"))
     resumed = train(tmp_path, "stopped", resume=True)

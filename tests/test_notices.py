@@ -61,7 +61,7 @@ def test_aws_is_asked_with_a_token_that_is_renewed_when_it_is_old(metadata: Meta
     notice = ask()
     assert notice is not None
     assert notice.why == "spot terminate"
-    assert 110 < notice.seconds <= 120
+    assert 60 < notice.seconds <= 120
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_maintenance_on_aws_counts_when_it_is_near(seconds: int, state: str, not
     metadata.pages[EVENTS] = event(seconds, state)
     notice = AWS()()
     assert (notice is not None) == noticed
-    assert notice is None or (notice.why == "instance-stop" and 590 < notice.seconds <= 600)
+    assert notice is None or (notice.why == "instance-stop" and 500 < notice.seconds <= 600)
 
 
 @pytest.mark.parametrize(

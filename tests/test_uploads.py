@@ -31,7 +31,7 @@ from ray_mnist.run.progress import position
 from ray_mnist.run.records import read_metrics
 from ray_mnist.run.uploads import Saved, Uploads
 
-SECONDS = 60  # more than anything here takes
+SECONDS = 240  # more than anything here takes
 STEPS_PER_EPOCH, LAST = 17, 34
 # What the storages below put something else in place of, where they train.
 PATCHED: list[Any] = [(RunFolder, "add_checkpoint"), (Uploads, "flush"), (uploads, "PATIENCE_S"), (uploads, "RETRY_S")]
@@ -76,10 +76,11 @@ class Storage(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self.event = threading.Event()
+            self.event, self.begun = threading.Event(), threading.Event()
             add = RunFolder.add_checkpoint
 
             def take(folder: RunFolder, source: Path, name: str, *more: Any) -> None:
+                self.begun.set()
                 self.before(name)
                 add(folder, source, name, *more)
 
@@ -88,9 +89,14 @@ class Storage(pl.Callback):
     def before(self, name: str) -> None:
         """What happens before it takes a checkpoint."""
 
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Waits after the first checkpoint, of which the next would take the place, until it is being taken."""
+        if trainer.global_step > 5 and trainer.is_global_zero:
+            assert self.begun.wait(SECONDS)
+
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            del self.event  # only what can be sent goes home from a worker
+            del self.event, self.begun  # only what can be sent goes home from a worker
 
 
 class Shut(Storage):
@@ -115,6 +121,7 @@ class Shut(Storage):
         self.taken.append(name)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        super().on_train_batch_start(trainer)
         if trainer.global_step == self.until and trainer.is_global_zero:
             self.aside = len(list(Path(trainer.default_root_dir).glob(".checkpoint_*")))
             self.event.set()
@@ -191,6 +198,7 @@ class Fails(Storage):
             raise OSError("slow down")
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        super().on_train_batch_start(trainer)
         if trainer.is_global_zero:
             (recorder,) = (callback for callback in trainer.callbacks if isinstance(callback, Recorder))
             recorder.uploads.clock = lambda: trainer.global_step

@@ -102,7 +102,7 @@ def test_mnist_killed_and_resumed_as_on_the_cpu(train: Callable[..., Run], mnist
     third_epoch = checkpoint_name(2 * 750)  # 48,000 // 64 steps each
     wait_until(lambda: folder.checkpoints()[:1] > [third_epoch], 240, "a checkpoint inside the third epoch")
     process.kill()
-    assert process.wait(10) == -signal.SIGKILL
+    assert process.wait(240) == -signal.SIGKILL
     resumed = train(1, "--resume", "--name", "tpu")
     assert resumed.returncode == 0, resumed.stderr
     result = result_of(tmp_path, "tpu")
@@ -291,7 +291,7 @@ def test_cores_do_not_outlive_a_killed_driver(tmp_path: Path) -> None:
     cores = psutil.Process(driver.pid).children(recursive=True)
     assert len(cores) >= 2
     driver.kill()
-    driver.wait(10)
+    driver.wait(240)
     _, alive = psutil.wait_procs(cores, timeout=600)
     for core in alive:
         core.kill()
