@@ -187,9 +187,9 @@ class Machine:
                 stderr=log,
                 env={"PATH": PATH, "HOME": self.home, "LANG": "C.UTF-8"},
             )
-        wait_until(lambda: bool(psutil.Process(self.process.pid).children()), 240, "the first process")
+        wait_until(lambda: bool(psutil.Process(self.process.pid).children()), 600, "the first process")
         self.network.plug_in(psutil.Process(self.process.pid).children()[0].pid, self.address)
-        wait_until((run / "sshd.pid").exists, 240, f"{self.name} to boot (see {self.disk / 'boot.log'})")
+        wait_until((run / "sshd.pid").exists, 600, f"{self.name} to boot (see {self.disk / 'boot.log'})")
 
     def off(self) -> None:
         """Cuts the power: every process of the machine is gone at once."""
@@ -198,7 +198,7 @@ class Machine:
             self.process.wait(30)
             self.process = None
 
-    def run(self, command: str, timeout: float = 120, **options: object) -> "subprocess.CompletedProcess[str]":
+    def run(self, command: str, timeout: float = 600, **options: object) -> "subprocess.CompletedProcess[str]":
         """Runs a command as a person who sits at the machine would."""
         return subprocess.run(
             [*self.inside(), "bash", "-lc", command],
@@ -251,7 +251,7 @@ class Laptop(Machine):
         (self.project / "ray_mnist" / "held.py").write_text(HELD.format(condition=until))
         return "ray_mnist.held.Held"
 
-    def do(self, command: str, timeout: float = 200) -> str:
+    def do(self, command: str, timeout: float = 600) -> str:
         """What a command in the checkout, with its environment active, writes; fails the test if the command fails."""
         done = self.run(in_project(command), timeout)
         assert done.returncode == 0, f"{command}\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}"

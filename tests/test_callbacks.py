@@ -61,6 +61,7 @@ def test_what_is_not_one_of_several_classes_is_left_alone(logits: Any) -> None:
     assert not after_batch({"logits": logits}, torch.tensor([0, 1, 1, 0])).confusion
 
 
+@pytest.mark.plots
 @pytest.mark.parametrize(("classes", "drawn"), [(3, True), (60, True), (1001, False)])
 def test_a_confusion_matrix_is_drawn_up_to_what_can_be_seen(classes: int, drawn: bool, tmp_path: Path) -> None:
     state = TrainerState({}, {}, {}, 1, 1)

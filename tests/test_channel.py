@@ -58,7 +58,7 @@ def test_a_queue_that_died_or_is_full_harms_nobody(monkeypatch: pytest.MonkeyPat
         for number in range(1, 10):  # more than there is room for, as long as nobody takes them
             send([news(number)])
         go_on.set()
-        wait_until(lambda: len(told) >= 3, 240, "those that had room to arrive")
+        wait_until(lambda: len(told) >= 3, 600, "those that had room to arrive")
         ray.kill(send.mailbox)
         ray.get(send_ten.remote(send, 100))
     assert told == [news(number) for number in range(3)]

@@ -271,7 +271,7 @@ def test_gpus_that_the_cluster_does_not_have(command: Command, tmp_path: Path) -
         assert_refused((done.returncode, done.stdout, done.stderr), *numbers, "drop --use-gpu", "--address")
         assert "the cluster at " in done.stderr
         assert list(Path(ray_folder, "ray").glob("session_*")), "Ray ran somewhere else"
-        wait_until(lambda: not started_with("RAY_TMPDIR", ray_folder), 240, "Ray's processes to end")
+        wait_until(lambda: not started_with("RAY_TMPDIR", ray_folder), 600, "Ray's processes to end")
     assert everything_in(tmp_path) == {}
 
 

@@ -124,7 +124,7 @@ def test_up_train_lose_a_spot_machine_and_down(cloud: Cloud) -> None:
         assert {instance["MetadataOptions"]["HttpTokens"] for instance in instances} == {"required"}
         lost = workers[0]["InstanceId"]
         aws(f'client("ec2").terminate_instances(InstanceIds=["{lost}"])')
-        wait_until(lambda: lost not in cloud.machines, 240, "the machine to go")
+        wait_until(lambda: lost not in cloud.machines, 600, "the machine to go")
         aws(f'client("s3").put_object(Bucket="{BUCKET}", Key="go")')
         said, _ = run.communicate(timeout=600)
     finally:

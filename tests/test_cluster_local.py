@@ -63,7 +63,7 @@ def laptop(head_only: Laptop, machines: dict[str, Machine]) -> Laptop:
     """Once the other machines have joined."""
     let_in(machines)
     for name in WORKERS:
-        wait_until(lambda machine=machines[name]: ray_on(machine), 240, f"{name} to join")
+        wait_until(lambda machine=machines[name]: ray_on(machine), 600, f"{name} to join")
     return head_only
 
 
@@ -91,7 +91,7 @@ def test_two_workers_on_two_machines_train(
         run = head_only.start(in_project(f"ray exec {FILE} '{train}'"), stdout=file, stderr=subprocess.STDOUT)
         said = Path(file.name).read_text
         try:
-            wait_until(lambda: WAITS in said() or run.poll() is not None, 240, "the run to wait for nodes")
+            wait_until(lambda: WAITS in said() or run.poll() is not None, 600, "the run to wait for nodes")
             let_in(machines)
             assert run.wait(timeout=300) == 0, said()
         finally:
@@ -146,7 +146,7 @@ def test_a_run_goes_on_when_a_machine_is_powered_off_and_on_again(
     run = laptop.start(in_project(f"ray exec {FILE} '{train}'"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         metrics = network.shared / "runs" / "cut" / "metrics.csv"
-        wait_until(metrics.exists, 240, "the first epoch")
+        wait_until(metrics.exists, 600, "the first epoch")
         machines["two"].off()
         (network.shared / "go").touch()
         machines["two"].on()
@@ -164,4 +164,4 @@ def test_down_leaves_nothing_running(laptop: Laptop, machines: dict[str, Machine
     laptop.do(f"ray down -y {FILE}")
     assert not ray_on(machines["head"])
     for name in WORKERS:  # which end once they have missed their head for a while
-        wait_until(lambda machine=machines[name]: not ray_on(machine), 240, f"Ray to end on {name}")
+        wait_until(lambda machine=machines[name]: not ray_on(machine), 600, f"Ray to end on {name}")

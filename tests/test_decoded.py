@@ -169,7 +169,7 @@ def test_of_two_at_once_one_decodes(data_dir: Path, monkeypatch: pytest.MonkeyPa
     for thread in threads:
         thread.start()
     try:
-        wait_until(lambda: len(arrived) == 2 and decodings != [], 240, "both to want to decode")
+        wait_until(lambda: len(arrived) == 2 and decodings != [], 600, "both to want to decode")
     finally:
         go.set()
         for thread in threads:

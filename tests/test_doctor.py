@@ -539,7 +539,7 @@ def test_defects_of_a_cluster(
 
     two_nodes.remove_node(node, allow_graceful=False)
     with cluster_health.joined(two_nodes.address):
-        wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 2, 240, "Ray to notice that the node died")
+        wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 2, 600, "Ray to notice that the node died")
         (finding,) = cluster_health.absent(ray.nodes())
     assert re.match(rf"{there} died \(.+\): start its machine and Ray on it again, unless another", finding)
 

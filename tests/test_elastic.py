@@ -128,13 +128,13 @@ def test_a_run_grows_and_shrinks_with_its_cluster_and_has_the_same_loss_curve(
 
     running = Running(tmp_path, (2, 3), callbacks=[gate], max_failures=1)
     gate.open(5)
-    wait_until(lambda: gate.last(2) == 5, 240, "two workers")
+    wait_until(lambda: gate.last(2) == 5, 600, "two workers")
     third = nodes.add_node(num_cpus=1)
-    wait_until(lambda: gate.last(3) == 6, 240, "three workers at the next step")
+    wait_until(lambda: gate.last(3) == 6, 600, "three workers at the next step")
     gate.open(STEPS_PER_EPOCH + 5)
-    wait_until(lambda: gate.last(3) == STEPS_PER_EPOCH + 5, 240, "three workers in the second epoch")
+    wait_until(lambda: gate.last(3) == STEPS_PER_EPOCH + 5, 600, "three workers in the second epoch")
     nodes.remove_node(third, allow_graceful=False)
-    wait_until(lambda: gate.steps[-1][:2] == (STEPS_PER_EPOCH + 5, 2), 240, "the two that are left")
+    wait_until(lambda: gate.steps[-1][:2] == (STEPS_PER_EPOCH + 5, 2), 600, "the two that are left")
     gate.open(EPOCHS * STEPS_PER_EPOCH)
     trainer = running.done()
     shown = capsys.readouterr().out
@@ -167,7 +167,7 @@ def test_a_run_leaves_a_machine_that_will_be_taken_away_without_losing_a_step(
     folder, gate = RunFolder(str(tmp_path), "run"), Gate(tmp_path)
     running = Running(tmp_path, 2, callbacks=[gate], max_failures=0)
     gate.open(5)
-    wait_until(lambda: gate.last(2) == 5, 240, "two workers")
+    wait_until(lambda: gate.last(2) == 5, 600, "two workers")
     node = gate.steps[-1][2]
     with metadata_server() as metadata:
         when = (datetime.now(UTC) + timedelta(seconds=900)).isoformat()
@@ -175,7 +175,7 @@ def test_a_run_leaves_a_machine_that_will_be_taken_away_without_losing_a_step(
         environment = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{metadata.host}", "RAY_ADDRESS": nodes.address}
         agent = [sys.executable, "-m", "ray_mnist.notices", "aws", "--node-id", node]
         subprocess.run(agent, env=os.environ | environment, timeout=600, check=True)
-    wait_until(lambda: gate.steps[-1][2] != node, 240, "other workers")
+    wait_until(lambda: gate.steps[-1][2] != node, 600, "other workers")
     gate.open(EPOCHS * STEPS_PER_EPOCH)
     trainer = running.done()
     host = socket.gethostname()

@@ -31,7 +31,7 @@ def ctrl_c_once(condition: Callable[[], bool]) -> Iterator[None]:
     pressed = threading.Event()
 
     def press() -> None:
-        wait_until(condition, 240, "the time for Ctrl-C")
+        wait_until(condition, 600, "the time for Ctrl-C")
         pressed.set()
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -43,7 +43,7 @@ def ctrl_c_once(condition: Callable[[], bool]) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
     assert pressed.is_set()
-    wait_until(lambda: not actors() and not placement_groups(), 240, "the processes to end")
+    wait_until(lambda: not actors() and not placement_groups(), 600, "the processes to end")
 
 
 @pytest.mark.parametrize("when", [pytest.param("starting", marks=pytest.mark.slow), "training"])

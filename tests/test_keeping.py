@@ -83,14 +83,14 @@ def test_workers_stay_for_the_next_call_until_something_else_needs_them(
 
     Trainer(**options, keep_workers=0.1).test(SimpleModel(), data, verbose=False)
     assert notes.take() == second
-    wait_until(lambda: not actors() and not placement_groups(), 240, "the workers to end")
+    wait_until(lambda: not actors() and not placement_groups(), 600, "the workers to end")
 
     # All of the cluster's eight CPUs for the two workers of this process, until a task of somebody's wants one.
     Trainer(**options, cpus_per_worker=4, keep_workers=1000).test(SimpleModel(), data, verbose=False)
     assert not {*second} & {*notes.take()}
     assert KEEPER.controller is not None
     assert ray.get(wants_a_cpu.remote(), timeout=600) == "done"
-    wait_until(lambda: not actors() and not placement_groups(), 240, "the workers to end")
+    wait_until(lambda: not actors() and not placement_groups(), 600, "the workers to end")
 
 
 class Broken(SimpleModel):
@@ -112,7 +112,7 @@ def test_a_run_that_fails_or_leaves_something_behind_keeps_no_workers(
     assert not placement_groups()
     with pytest.raises(TrainingError, match="a bug in the model"):
         trainer.test(Broken(), data, verbose=False)
-    wait_until(lambda: not actors() and not placement_groups(), 240, "the workers to end")
+    wait_until(lambda: not actors() and not placement_groups(), 600, "the workers to end")
 
 
 class Leaves(SimpleModel):
@@ -160,7 +160,7 @@ def test_a_ray_of_its_own_stays_too_and_ends_with_the_process(tmp_path: Path) ->
     assert script.returncode == 0
     processes = [int(process) for process in script.stdout.split()]
     assert processes
-    wait_until(lambda: not any(map(psutil.pid_exists, processes)), 240, "the processes to end")
+    wait_until(lambda: not any(map(psutil.pid_exists, processes)), 600, "the processes to end")
 
 
 @pytest.mark.parametrize("seconds", [-1, float("inf"), float("nan"), "60", True])

@@ -713,6 +713,7 @@ class OwnWithLogits(Own):
         return {"logits": self.layer(batch[0].flatten(1))}
 
 
+@pytest.mark.plots
 @pytest.mark.parametrize(("model", "plots"), [(Own, set()), (OwnWithLogits, {"confusion.png", "mistakes.png"})])
 def test_a_model_of_ones_own_trains(tmp_path: Path, model: type[Own], plots: set[str]) -> None:
     run = train(tmp_path, "own", model=model)
@@ -732,6 +733,7 @@ def test_a_model_of_ones_own_trains(tmp_path: Path, model: type[Own], plots: set
     assert {path.name for path in run.folder.glob("plots/*")} == plots
 
 
+@pytest.mark.plots
 def test_a_datamodule_of_ones_own_trains_on_what_is_no_image(tmp_path: Path) -> None:
     data = sources.load("digits", Path())
     train_set = TensorDataset(data.train_images[:640].flatten(1) / 255, data.train_labels[:640])

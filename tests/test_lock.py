@@ -113,7 +113,7 @@ def test_a_process_that_was_killed_keeps_nobody_out(folder: RunFolder) -> None:
         with pytest.raises(RequestError, match=f"process {process.pid} on"), lock.held(folder):
             pass
         os.kill(process.pid, signal.SIGKILL)
-        wait_until(lambda: lock.begun(process.pid) is None, 240, "the process to end")
+        wait_until(lambda: lock.begun(process.pid) is None, 600, "the process to end")
         assert len(claims(folder)) == 1
         with lock.held(folder):
             assert [claim["pid"] for claim in claims(folder).values()] == [os.getpid()]
@@ -175,7 +175,7 @@ def test_a_claim_is_renewed_and_a_storage_that_hiccups_is_no_reason_to_fail(
         [mine] = claims(folder)
         folder.fs.delete_file(folder.at(mine))
         monkeypatch.setattr(RunFolder, "write", write)
-        wait_until(lambda: list(claims(folder)) == [mine], 240, "the claim to be written again")
+        wait_until(lambda: list(claims(folder)) == [mine], 600, "the claim to be written again")
     assert not folder.exists()
 
 
@@ -224,7 +224,7 @@ def test_a_second_run_changes_nothing_and_the_first_ones_death_lets_it_go_on(tmp
     first = multiprocessing.get_context("spawn").Process(target=fit_and_pause, args=(tmp_path, marker))
     first.start()
     try:
-        wait_until(marker.exists, 240, "the second epoch")
+        wait_until(marker.exists, 600, "the second epoch")
         before = contents(folder)
         for resume in (True, False):
             with pytest.raises(RequestError, match=f"is in use by process {first.pid} on {socket.gethostname()}"):

@@ -89,7 +89,7 @@ def assert_all_is_free() -> None:
         resources = ray.available_resources()
         return resources.get("TPU", 0) == 8 * HOSTS and resources.get("TPU-v6e-16-head", 0) == 2
 
-    wait_until(free, 240, "all chips to be free")
+    wait_until(free, 600, "all chips to be free")
 
 
 @pytest.mark.parametrize("cores", [4, 8, 32])

@@ -281,7 +281,7 @@ def autoscaling_cluster(folder: Path) -> Iterator[str]:
     config = ["--include-dashboard", "false", "--autoscaling-config", str(folder / "autoscaling.json")]
     with killed_at_the_end([*RAY_START, *options, *config], env=os.environ | environment) as head:
         file = Path(os.environ["RAY_TMPDIR"], "ray/ray_current_cluster")
-        wait_until(lambda: file.exists() and head.poll() is None, 240, "the Ray head to start")
+        wait_until(lambda: file.exists() and head.poll() is None, 600, "the Ray head to start")
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         try:
             yield address
@@ -354,7 +354,7 @@ def assert_nothing_is_reserved() -> None:
     def states() -> set[str]:
         return {group["state"] for group in placement_group_table().values()}
 
-    wait_until(lambda: states() <= {"REMOVED"}, 240, "the reservations to be removed")
+    wait_until(lambda: states() <= {"REMOVED"}, 600, "the reservations to be removed")
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def test_a_folder_that_a_node_does_not_see(two_nodes: LocalCluster, tmp_path: Pa
     mount_and_run = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(storage)]
     join = [*RAY_START, "--address", two_nodes.address, "--num-cpus", "1", "--num-gpus", "0"]
     with killed_at_the_end([*mount_and_run, *join]) as node:
-        wait_until(lambda: len(Cluster.current().nodes) == 3 and node.poll() is None, 240, "the node to join")
+        wait_until(lambda: len(Cluster.current().nodes) == 3 and node.poll() is None, 600, "the node to join")
         text = sentence(lambda: preflight.check_shared_storage(RunFolder(str(storage), "run"), Cluster.current()))
         preflight.check_shared_storage(RunFolder(str(tmp_path / "shared"), "run"), Cluster.current())
     assert f"--storage-path {storage} is not shared with node {socket.gethostname()} (" in text

@@ -183,8 +183,8 @@ def test_deaths_in_starting_and_of_the_controller_are_failures_like_any_other(cl
     killed: list[int] = []
 
     def kill_when(actor_class: str, condition: Callable[[], bool] = lambda: True) -> None:
-        wait_until(condition, 240, "its time to die")
-        wait_until(lambda: process_of(actor_class) not in (0, *killed), 240, f"the process of a {actor_class}")
+        wait_until(condition, 600, "its time to die")
+        wait_until(lambda: process_of(actor_class) not in (0, *killed), 600, f"the process of a {actor_class}")
         killed.append(process_of(actor_class))
         os.kill(killed[-1], signal.SIGKILL)
 
@@ -274,7 +274,7 @@ def test_a_run_whose_driver_ends_leaves_nothing_and_resumes(how: signal.Signals,
     driver = start(tmp_path, "--max-epochs", "1000")
     folder = RunFolder(str(tmp_path / "runs"), "run")
     try:
-        wait_until(lambda: len(folder.checkpoints()) > 0 or driver.poll() is not None, 240, "the first checkpoint")
+        wait_until(lambda: len(folder.checkpoints()) > 0 or driver.poll() is not None, 600, "the first checkpoint")
         started = descendants(driver.pid)
         agents = [process for process in started if how == signal.SIGKILL and is_agent(process)]
         driver.send_signal(how)

@@ -166,7 +166,7 @@ def is_waiting(log: Path) -> bool:
 def fetching_and_waiting(data_dir: Path, mirror: Mirror) -> Iterator[tuple[BaseProcess, BaseProcess]]:
     """Two processes that ask for the same data set: the first is half-way, the second waits for it."""
     with fetching_half(data_dir, mirror) as first, fetching(data_dir, mirror) as (second, log):
-        wait_until(lambda: is_waiting(log), 240, "the second process to wait")
+        wait_until(lambda: is_waiting(log), 600, "the second process to wait")
         yield first, second
 
 
@@ -175,7 +175,7 @@ def fetching_half(data_dir: Path, mirror: Mirror) -> Iterator[BaseProcess]:
     """A process that has fetched half of a file, and no more while the mirror's gate is closed."""
     mirror.gate.clear()
     with fetching(data_dir, mirror) as (child, _):
-        wait_until(lambda: is_half_way(data_dir), 240, "half of a file")
+        wait_until(lambda: is_half_way(data_dir), 600, "half of a file")
         yield child
 
 

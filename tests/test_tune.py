@@ -52,7 +52,7 @@ def leaves_nothing(cluster: None) -> Iterator[None]:
     """After the test there are no more actors and placement groups than before, asked through Ray's own state."""
     before = actors()
     yield
-    wait_until(lambda: not placement_groups() and actors() <= before, 240, "the sweep's actors and placements to go")
+    wait_until(lambda: not placement_groups() and actors() <= before, 600, "the sweep's actors and placements to go")
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -354,12 +354,12 @@ def test_a_trial_that_is_killed_frees_its_workers_where_rays_own_run_does_not(
     inside = PlacementGroupSchedulingStrategy(trial, placement_group_bundle_index=0)
     actor = TrialActor.options(scheduling_strategy=inside).remote()
     actor.fit.remote(trainer_class, str(tmp_path))
-    wait_until(lambda: {"0", "1"} <= {path.name for path in tmp_path.iterdir()}, 240, "the workers to start")
+    wait_until(lambda: {"0", "1"} <= {path.name for path in tmp_path.iterdir()}, 600, "the workers to start")
     ray.kill(actor)
     remove_placement_group(trial)  # as Ray Tune does
     try:
         if freed:
-            wait_until(lambda: not placement_groups(), 240, f"{placement_groups()} to be gone")
+            wait_until(lambda: not placement_groups(), 600, f"{placement_groups()} to be gone")
         else:  # the next trial would wait for these for ever
             time.sleep(5)
             assert len(placement_groups()) == 1
@@ -400,7 +400,7 @@ def test_a_killed_sweep_goes_on_where_it_was(command: Run, tmp_path: Path) -> No
         return {path.name: read_metrics(RunFolder(str(trials), path.name)) for path in trials.glob("*")}
 
     try:
-        wait_until(lambda: [*map(len, histories().values())] == [4, 4], 240, "two trials to be under way")
+        wait_until(lambda: [*map(len, histories().values())] == [4, 4], 600, "two trials to be under way")
         below = psutil.Process(driver.pid).children(recursive=True)
     finally:
         driver.kill()

@@ -100,7 +100,7 @@ def test_mnist_killed_and_resumed_as_on_the_cpu(train: Callable[..., Run], mnist
     process = start(tmp_path, 1, *arguments, "--tpu-cores", "1", "--name", "tpu", "--checkpoint-every-n-steps", "100")
     folder = RunFolder(str(tmp_path / "runs"), "tpu")
     third_epoch = checkpoint_name(2 * 750)  # 48,000 // 64 steps each
-    wait_until(lambda: folder.checkpoints()[:1] > [third_epoch], 240, "a checkpoint inside the third epoch")
+    wait_until(lambda: folder.checkpoints()[:1] > [third_epoch], 600, "a checkpoint inside the third epoch")
     process.kill()
     assert process.wait(240) == -signal.SIGKILL
     resumed = train(1, "--resume", "--name", "tpu")
@@ -287,7 +287,7 @@ def test_cores_do_not_outlive_a_killed_driver(tmp_path: Path) -> None:
     (tmp_path / "models.py").write_text(MODELS)
     driver = start(tmp_path, 2, "--dataset", "digits", "--tpu-cores", "2", "--model", "models.Sleeps", "--name", "run")
     folder = tmp_path / "runs/run"
-    wait_until(lambda: any(folder.glob("tensorboard/events*")), 240, "the training to start")
+    wait_until(lambda: any(folder.glob("tensorboard/events*")), 600, "the training to start")
     cores = psutil.Process(driver.pid).children(recursive=True)
     assert len(cores) >= 2
     driver.kill()
