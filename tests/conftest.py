@@ -70,7 +70,7 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(*arguments: str, module: str = "train", **options: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", f"ray_mnist.{module}", *arguments],
-            **{"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 240} | options,
+            **{"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 600} | options,
         )
 
     return run

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import altered, every_damage
+from gloo_workers import processes
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -380,7 +381,7 @@ def resumed(storage: Path, *, starts_at: int, **options: Any) -> Run:
 
 def test_a_run_killed_inside_an_epoch_goes_on_at_the_next_sample(whole: Run, tmp_path: Path) -> None:
     stop = Stop(at=STEPS_PER_EPOCH + 7, by=signal.SIGKILL)
-    process = multiprocessing.get_context("spawn").Process(target=train_in_a_process_of_its_own, args=(tmp_path, stop))
+    process = processes.Process(target=train_in_a_process_of_its_own, args=(tmp_path, stop))
     process.start()
     process.join(240)
     process.kill()

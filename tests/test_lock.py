@@ -1,7 +1,6 @@
 """One run at a time writes into a run folder, and a run that died keeps nobody out."""
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -19,6 +18,7 @@ import pyarrow.fs
 import pytest
 import pytorch_lightning as pl
 from conftest import wait_until
+from gloo_workers import processes
 
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer, tune
 from ray_mnist.run import lock
@@ -221,7 +221,7 @@ def fit_and_pause(storage: Path, marker: Path) -> None:
 
 def test_a_second_run_changes_nothing_and_the_first_ones_death_lets_it_go_on(tmp_path: Path) -> None:
     folder, marker = RunFolder(str(tmp_path), "run"), tmp_path / "paused"
-    first = multiprocessing.get_context("spawn").Process(target=fit_and_pause, args=(tmp_path, marker))
+    first = processes.Process(target=fit_and_pause, args=(tmp_path, marker))
     first.start()
     try:
         wait_until(marker.exists, 600, "the second epoch")

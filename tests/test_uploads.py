@@ -1,6 +1,5 @@
 """Checkpoints are uploaded beside the training: no storage holds it up, and none that fails loses one in silence."""
 
-import multiprocessing
 import os
 import queue
 import signal
@@ -18,6 +17,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import use_s3_at, wait_until
+from gloo_workers import processes
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.callbacks import Recorder
@@ -361,8 +361,9 @@ def test_what_is_under_way_when_a_training_breaks_off_is_waited_for(
 # Object stores
 
 
-def upload_and_die(storage_path: str) -> None:
+def upload_and_die(storage_path: str, environment: dict[str, str]) -> None:
     """Is killed when the first of several parts is there."""
+    os.environ.update(environment)
     folder = RunFolder(storage_path, "run")
     with folder.new_checkpoint(checkpoint_name(2)) as place:
         torch.save(torch.zeros(3 << 20), place / CHECKPOINT)
@@ -375,7 +376,7 @@ def test_a_process_killed_in_mid_upload_leaves_no_checkpoint(bucket: str, tmp_pa
     with folder.new_checkpoint(checkpoint_name(1)) as place:
         torch.save(torch.zeros(3 << 20), place / CHECKPOINT)
         folder.add_checkpoint(place, checkpoint_name(1))
-    uploading = multiprocessing.get_context("spawn").Process(target=upload_and_die, args=(storage_path,))
+    uploading = processes.Process(target=upload_and_die, args=(storage_path, dict(os.environ)))
     uploading.start()
     uploading.join(SECONDS)
     assert uploading.exitcode == -signal.SIGKILL
