@@ -33,8 +33,10 @@ JOB_S = 600  # all that a job may take
 PEERS_S = 10  # what the others may take once one has failed: they notice that it is gone, unless they are stuck
 
 processes = get_context("forkserver")
-# The last three are what making an optimizer, a strategy and what the tests define import.
-processes.set_forkserver_preload(["ray_mnist.launch.ray", "ray_mnist.trainer", "torch._dynamo", "ray.tune", "pytest"])
+# The last are what an optimizer, a strategy, the digits and what the tests define import.
+processes.set_forkserver_preload(
+    ["ray_mnist.launch.ray", "ray_mnist.trainer", "torch._dynamo", "ray.tune", "sklearn.datasets", "pytest"]
+)
 
 
 def on_gloo(job: Job, config: RunConfig, _: float) -> Iterator[tuple[str, Any]]:
