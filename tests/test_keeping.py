@@ -108,8 +108,7 @@ def test_a_run_that_fails_or_leaves_something_behind_keeps_no_workers(
     first = notes.take()
     Trainer(**options, keep_workers=0).test(Leaves(), data, verbose=False)
     assert not {*first} & {*notes.take()}
-    assert not actors()
-    assert not placement_groups()
+    wait_until(lambda: not actors() and not placement_groups(), 600, "the workers to end")
     with pytest.raises(TrainingError, match="a bug in the model"):
         trainer.test(Broken(), data, verbose=False)
     wait_until(lambda: not actors() and not placement_groups(), 600, "the workers to end")
