@@ -56,6 +56,13 @@ def mnist_files() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def without_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the runs of this process draw no plots, which takes longer than all else, but where a test asks for them."""
+    if "plots" not in request.keywords:
+        monkeypatch.setattr("ray_mnist.run.plots.draw", lambda *_: {})
+
+
 @pytest.fixture
 def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `python -m ray_mnist.<module> <arguments>` as a person would, in a folder of its own."""
@@ -63,7 +70,7 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(*arguments: str, module: str = "train", **options: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", f"ray_mnist.{module}", *arguments],
-            **{"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 240} | options,
+            **{"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 600} | options,
         )
 
     return run
@@ -84,7 +91,7 @@ def ray_head(*options: str) -> Iterator[str]:
         )
         address_file = Path(folder, "ray_current_cluster")
         try:
-            wait_until(lambda: address_file.exists() and head.poll() is None, 60, "the Ray head to start")
+            wait_until(lambda: address_file.exists() and head.poll() is None, 600, "the Ray head to start")
             yield address_file.read_text().strip()
         finally:
             processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]

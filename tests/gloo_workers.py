@@ -29,12 +29,14 @@ from ray_mnist.run.events import Event, Tell
 from ray_mnist.run.outcome import Evaluation, Outcome
 from ray_mnist.worker import Job
 
-JOB_S = 120  # all that a job may take
+JOB_S = 600  # all that a job may take
 PEERS_S = 10  # what the others may take once one has failed: they notice that it is gone, unless they are stuck
 
 processes = get_context("forkserver")
-# The last is what making an optimizer imports.
-processes.set_forkserver_preload(["ray_mnist.launch.ray", "ray_mnist.trainer", "torch._dynamo"])
+# The last are what an optimizer, a strategy, the digits and what the tests define import.
+processes.set_forkserver_preload(
+    ["ray_mnist.launch.ray", "ray_mnist.trainer", "torch._dynamo", "ray.tune", "sklearn.datasets", "pytest"]
+)
 
 
 def on_gloo(job: Job, config: RunConfig, _: float) -> Iterator[tuple[str, Any]]:

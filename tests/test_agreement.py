@@ -15,8 +15,6 @@ from ray_mnist.distributed.agreement import RankZero
 from ray_mnist.distributed.collectives import gather
 from ray_mnist.run.folder import RunFolder, checkpoint_name
 
-pytestmark = pytest.mark.timeout(120)
-
 
 class OwnClocks(pl.Callback):
     """On rank 0 each step takes one second, and on the others none; keeps at which steps all ranks saved."""

@@ -15,8 +15,6 @@ from ray_mnist.launch import channel
 from ray_mnist.launch.channel import Outbox, over_pipe, over_ray
 from ray_mnist.run.events import EpochEnded, Event, Progress
 
-pytestmark = pytest.mark.timeout(120)
-
 
 def news(number: int) -> EpochEnded:
     return EpochEnded({"epoch": number})
@@ -39,7 +37,7 @@ def test_all_that_workers_told_has_arrived_in_its_order_when_the_run_returns() -
         ray.get([send_ten.remote(send, first) for first in (0, 100)])
         assert not stop.is_set()
         ray.get(send.mailbox.stop.remote())
-        assert stop.wait(30)
+        assert stop.wait(240)
     assert [event for event in told if event.row["epoch"] < 100] == [news(number) for number in range(10)]
     assert [event for event in told if event.row["epoch"] >= 100] == [news(number) for number in range(100, 110)]
 
@@ -48,21 +46,23 @@ def test_all_that_workers_told_has_arrived_in_its_order_when_the_run_returns() -
 def test_a_queue_that_died_or_is_full_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel, "QUEUED", 2)
     told: list[Event] = []
-    go_on = threading.Event()
+    begun, go_on = threading.Event(), threading.Event()
 
     def tell(event: Event) -> None:
-        assert go_on.wait(60)
+        begun.set()
+        assert go_on.wait(240)
         told.append(event)
 
     with over_ray(tell) as send:
-        for number in range(10):  # more than there is room for, as long as nobody takes them
+        send([news(0)])
+        assert begun.wait(240)
+        for number in range(1, 10):  # more than there is room for, as long as nobody takes them
             send([news(number)])
         go_on.set()
-        wait_until(lambda: len(told) >= 3, 30, "those that had room to arrive")
+        wait_until(lambda: len(told) >= 3, 600, "those that had room to arrive")
         ray.kill(send.mailbox)
         ray.get(send_ten.remote(send, 100))
-    assert told == [news(number) for number in range(len(told))]
-    assert 3 <= len(told) <= 4
+    assert told == [news(number) for number in range(3)]
 
 
 def test_a_driver_that_is_late_is_told_everything_but_how_far_the_run_is() -> None:
@@ -86,16 +86,16 @@ def test_who_tells_never_waits_for_a_queue_that_does_not_answer(monkeypatch: pyt
     def send(events: list[Event]) -> None:
         sent.extend(events)
         stuck.set()
-        assert free.wait(60)
+        assert free.wait(240)
 
     outbox = Outbox(send)
     outbox.tell(news(0))
-    assert stuck.wait(30)
+    assert stuck.wait(240)
     for number in range(1, 100):
         outbox.tell(news(number))
     outbox.close()
     free.set()
-    outbox.thread.join(30)
+    outbox.thread.join(240)
     assert sent == [news(0), *map(news, range(95, 100))]  # the newest, as many as are kept
 
 
@@ -110,5 +110,5 @@ def tell_from_a_fork(send: Any) -> None:
 def test_what_a_forked_process_told_has_arrived_when_it_is_gone() -> None:
     told: list[Event] = []
     with over_pipe(told.append) as send, ProcessPoolExecutor(1, get_context("fork")) as processes:
-        assert processes.submit(tell_from_a_fork, send).exception(60) is not None  # it is gone
+        assert processes.submit(tell_from_a_fork, send).exception(240) is not None  # it is gone
     assert told == [news(1)]

@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
@@ -14,8 +13,6 @@ from torch.testing._internal.distributed import fake_pg  # noqa: F401 (adds the 
 from ray_mnist.distributed.collectives import gather
 from ray_mnist.distributed.metrics import reduce_across_ranks
 from ray_mnist.launch.ray import process_group_backend
-
-pytestmark = pytest.mark.timeout(100)
 
 
 def trainer_of(rank: int, world_size: int) -> Any:

@@ -22,8 +22,6 @@ from ray_mnist.data.sources import MNIST_FILES, load
 from ray_mnist.distributed.loaders import ShardedLoader
 from ray_mnist.distributed.sharding import shard_evaluation, shard_training
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture(autouse=True)
 def no_global_seed(monkeypatch: pytest.MonkeyPatch) -> None:

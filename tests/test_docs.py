@@ -3,7 +3,7 @@
 import ast
 import json
 import re
-import subprocess
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,12 +25,15 @@ def commands() -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("name", sorted(commands()))
-def test_the_pages_name_options_that_there_are(name: str) -> None:
-    arguments = ["--help"] if (ROOT / "ray_mnist" / f"{name}.py").is_file() else pytest.fail(f"there is no {name}")
-    done = subprocess.run(
-        [sys.executable, "-m", f"ray_mnist.{name}", *arguments], capture_output=True, text=True, check=True, timeout=120
-    )
-    known = set(re.findall(r"--[\w-]+", done.stdout)) | {"--help", "--version", "--model", "--data"}
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules after import of package:RuntimeWarning")
+def test_the_pages_name_options_that_there_are(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"ray_mnist.{name}", run_name="__main__")
+    assert end.value.code in (None, 0)
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out)) | {"--help", "--version", "--model", "--data"}
     assert {option.partition(".")[0] for option in commands()[name]} <= known
 
 

@@ -3,17 +3,16 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import ray
 import ray._private.state
 from conftest import wait_until
+from held import Held
 from ray_state import actors, placement_groups
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer, tune
@@ -22,7 +21,7 @@ from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.lock import CLAIM
 
 STARTING = StartedController.__name__
-pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.timeout(240)]
+pytestmark = pytest.mark.usefixtures("cluster")
 
 
 @contextmanager
@@ -32,7 +31,7 @@ def ctrl_c_once(condition: Callable[[], bool]) -> Iterator[None]:
     pressed = threading.Event()
 
     def press() -> None:
-        wait_until(condition, 120, "the time for Ctrl-C")
+        wait_until(condition, 600, "the time for Ctrl-C")
         pressed.set()
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -44,8 +43,7 @@ def ctrl_c_once(condition: Callable[[], bool]) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
     assert pressed.is_set()
-    assert placement_groups() == []
-    wait_until(lambda: not actors(), 10, "the processes to end")
+    wait_until(lambda: not actors() and not placement_groups(), 600, "the processes to end")
 
 
 @pytest.mark.parametrize("when", [pytest.param("starting", marks=pytest.mark.slow), "training"])
@@ -59,22 +57,11 @@ def test_a_run_ends_in_a_cluster_that_goes_on(when: str, tmp_path: Path) -> None
     assert not list(tmp_path.glob(f"run/{CLAIM}*"))
 
 
-class WaitForResume(pl.Callback):
-    """Stays at the first epoch's end for as long as there is no such file."""
-
-    def __init__(self, resumed: Path) -> None:
-        self.resumed = resumed
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        while trainer.current_epoch == 1 and not self.resumed.exists():
-            time.sleep(0.05)
-
-
 @pytest.mark.slow
 def test_a_sweep_ends_in_a_cluster_that_goes_on_and_resumes(tmp_path: Path) -> None:
     def sweep(**options: Any) -> Any:
         names = {"storage_path": str(tmp_path), "name": "sweep", "search": "grid", "scheduler": "fifo", "max_epochs": 2}
-        callbacks = [WaitForResume(tmp_path / "resumed")]
+        callbacks = [Held(tmp_path / "resumed")]
         space, data = {"model.lr": [0.01, 0.02]}, {"dataset": "digits"}
         return tune(SimpleModel, MNISTDataModule, space, data=data, callbacks=callbacks, **names, **options)
 

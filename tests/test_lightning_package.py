@@ -53,7 +53,7 @@ def python(program: str, *arguments: Any, folder: Path) -> str:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=600,
     ).stdout.splitlines()[-1]
 
 

@@ -50,7 +50,6 @@ from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.errors import RequestError, TrainingError
 
 pytestmark = [
-    pytest.mark.timeout(120),
     # What Lightning and torch say of small machines and small data.
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
@@ -237,7 +236,7 @@ class Handshake(Dataset[int]):
         if index:
             self.last.set()
         else:
-            assert self.last.wait(60)
+            assert self.last.wait(240)
         return index
 
     def __len__(self) -> int:

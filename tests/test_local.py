@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import altered, every_damage
+from gloo_workers import processes
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -35,8 +36,6 @@ from ray_mnist.run.folder import CHECKPOINT, CHECKSUM, RunFolder, checkpoint_nam
 from ray_mnist.run.outcome import Outcome, Row, TrainerState
 from ray_mnist.run.report import write_result
 from ray_mnist.trainer import load_weights
-
-pytestmark = pytest.mark.timeout(120)
 
 STEPS_PER_EPOCH = 1151 // 64
 EPOCHS = 3
@@ -382,9 +381,9 @@ def resumed(storage: Path, *, starts_at: int, **options: Any) -> Run:
 
 def test_a_run_killed_inside_an_epoch_goes_on_at_the_next_sample(whole: Run, tmp_path: Path) -> None:
     stop = Stop(at=STEPS_PER_EPOCH + 7, by=signal.SIGKILL)
-    process = multiprocessing.get_context("spawn").Process(target=train_in_a_process_of_its_own, args=(tmp_path, stop))
+    process = processes.Process(target=train_in_a_process_of_its_own, args=(tmp_path, stop))
     process.start()
-    process.join(100)
+    process.join(240)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -442,7 +441,7 @@ def test_a_run_killed_in_mid_save_leaves_nothing_outside_of_its_folder(
     killer = KilledInMidSave(2 * STEPS_PER_EPOCH)
     process = multiprocessing.get_context("fork").Process(target=train_with, args=(tmp_path, killer))
     process.start()
-    process.join(60)
+    process.join(240)
     assert process.exitcode == -signal.SIGKILL
     assert not list((tmp_path / "tmp").glob("ray_mnist-*"))
     resumed = train(tmp_path, "stopped", resume=True)
@@ -715,6 +714,7 @@ class OwnWithLogits(Own):
         return {"logits": self.layer(batch[0].flatten(1))}
 
 
+@pytest.mark.plots
 @pytest.mark.parametrize(
     ("model", "plots"), [(Own, set()), (OwnWithLogits, {"confusion.png", "mistakes.png", "weights.png"})]
 )
@@ -736,6 +736,7 @@ def test_a_model_of_ones_own_trains(tmp_path: Path, model: type[Own], plots: set
     assert {path.name for path in run.folder.glob("plots/*")} == plots
 
 
+@pytest.mark.plots
 def test_a_datamodule_of_ones_own_trains_on_what_is_no_image(tmp_path: Path) -> None:
     data = sources.load("digits", Path())
     train_set = TensorDataset(data.train_images[:640].flatten(1) / 255, data.train_labels[:640])

@@ -15,8 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from ray_mnist import ConvModel, RequestError, SimpleModel
 from ray_mnist.models import Accuracy, Classifier
 
-pytestmark = pytest.mark.timeout(120)
-
 CIFAR10 = (3, 32, 32)
 BOTH = pytest.mark.parametrize("model_class", [SimpleModel, ConvModel])
 

@@ -65,12 +65,11 @@ CELLS = [
 ]
 
 
-@pytest.mark.timeout(300)
 def test_a_notebook_trains_its_own_classes_on_two_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     cells = [nbformat.v4.new_code_cell("\n".join(line[4:] for line in cell.strip("\n").split("\n"))) for cell in CELLS]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    client = NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
     client.execute(env=os.environ | {"JUPYTER_RUNTIME_DIR": str(tmp_path / "jupyter")})
     told = "".join(output.get("text", "") for output in notebook.cells[-1].outputs)
     assert told == "slope 3.0 offset 1.0\nerror True\n"

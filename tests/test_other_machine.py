@@ -94,12 +94,12 @@ def address(project: Path) -> Iterator[str]:
     machines = [subprocess.Popen([*RAY_START, *head.split()], **quiet)]
     try:
         found = folder / "ray_current_cluster"
-        wait_until(found.exists, 60, "the Ray head to start")
+        wait_until(found.exists, 600, "the Ray head to start")
         join = " ".join([*RAY_START, "--num-cpus", "2", "--address", found.read_text().strip()])
         hide = f"hostname other && mount -t tmpfs none {project} && cd / && exec {join}"
         machines.append(subprocess.Popen([*other, hide], **quiet))
         ray.init(address=found.read_text().strip(), logging_level="ERROR")
-        wait_until(lambda: len(ray.nodes()) == 2, 60, "the other machine to join")
+        wait_until(lambda: len(ray.nodes()) == 2, 600, "the other machine to join")
         ray.shutdown()
         yield found.read_text().strip()
     finally:
@@ -122,7 +122,7 @@ def test_it_gets_a_copy_of_the_folder_with_what_git_ignores(project: Path, addre
         env=os.environ | {"RAY_ADDRESS": address},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert (project.parent / "runs" / "run" / "result.json").is_file()

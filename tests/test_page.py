@@ -49,6 +49,7 @@ class Page(HTMLParser):
         return [text for where, text in self.texts if where == tag and text]
 
 
+@pytest.mark.plots
 def test_a_run_leaves_a_page_that_says_all_of_it(tmp_path: Path) -> None:
     trainer = Trainer(max_epochs=2, storage_path=str(tmp_path), name="run", logger=False)
     trainer.fit(SimpleModel(), MNISTDataModule("digits"))

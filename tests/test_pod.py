@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from conftest import wait_until
 from ray.autoscaler._private.gcp.config import GCPNodeType, get_node_type
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.cluster_utils import Cluster as LocalCluster
@@ -84,10 +85,11 @@ def test_slices_are_given_to_one_run_each_and_then_waited_for(cluster: LocalClus
 
 
 def assert_all_is_free() -> None:
-    deadline = time.monotonic() + 20
-    while (free := ray.available_resources()).get("TPU", 0) < 8 * HOSTS or free.get("TPU-v6e-16-head", 0) < 2:
-        assert time.monotonic() < deadline, free
-        time.sleep(0.1)
+    def free() -> bool:
+        resources = ray.available_resources()
+        return resources.get("TPU", 0) == 8 * HOSTS and resources.get("TPU-v6e-16-head", 0) == 2
+
+    wait_until(free, 600, "all chips to be free")
 
 
 @pytest.mark.parametrize("cores", [4, 8, 32])
@@ -97,16 +99,16 @@ def test_a_part_of_a_slice_or_more_than_one_is_refused(cluster: LocalCluster, co
         pass
 
 
-def fail_on_one(slow_s: float) -> None:
+def fail_on_one() -> None:
     if os.environ["TPU_WORKER_ID"] == "2":
         raise RequestError("this host has it not")
-    time.sleep(slow_s)
+    time.sleep(10_000)
 
 
-def die_on_one(slow_s: float) -> None:
+def die_on_one() -> None:
     if os.environ["TPU_WORKER_ID"] == "2":
         os._exit(1)
-    time.sleep(slow_s)
+    time.sleep(10_000)
 
 
 @pytest.mark.parametrize(
@@ -114,10 +116,8 @@ def die_on_one(slow_s: float) -> None:
     [(fail_on_one, RequestError, "this host has it not"), (die_on_one, TrainingError, "a TPU host failed: .*died")],
 )
 def test_a_host_that_fails_ends_the_others(cluster: LocalCluster, function: Any, kind: Any, said: str) -> None:
-    started = time.monotonic()
     with pytest.raises(kind, match=said), pod.reserved(16, 60, silence) as hosts:
-        pod.on_every_host(function, 300, hosts=hosts)
-    assert time.monotonic() - started < 60
+        pod.on_every_host(function, hosts=hosts)
     assert_all_is_free()
 
 

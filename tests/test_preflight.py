@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,6 @@ class Greeter(socketserver.BaseRequestHandler):
 
 
 @pytest.mark.parametrize("server", [socket.create_server, lambda at: socketserver.TCPServer(at, Greeter)])
-@pytest.mark.timeout(60)
 def test_an_address_where_something_else_listens(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as the dashboard's: Ray would try to join it for ever."""
     monkeypatch.setattr(ray_internals, "ANSWER_TIMEOUT_S", 1)
@@ -230,7 +229,8 @@ def killed_at_the_end(command: list[str], **options: Any) -> Iterator[subprocess
     finally:
         processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         for one in processes:
-            one.kill()
+            with suppress(psutil.NoSuchProcess):  # it went with its parent
+                one.kill()
         psutil.wait_procs(processes, timeout=30)
 
 
@@ -281,7 +281,7 @@ def autoscaling_cluster(folder: Path) -> Iterator[str]:
     config = ["--include-dashboard", "false", "--autoscaling-config", str(folder / "autoscaling.json")]
     with killed_at_the_end([*RAY_START, *options, *config], env=os.environ | environment) as head:
         file = Path(os.environ["RAY_TMPDIR"], "ray/ray_current_cluster")
-        wait_until(lambda: file.exists() and head.poll() is None, 90, "the Ray head to start")
+        wait_until(lambda: file.exists() and head.poll() is None, 600, "the Ray head to start")
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         try:
             yield address
@@ -302,10 +302,10 @@ def test_an_autoscaler_adds_what_it_can(tmp_path: Path, monkeypatch: pytest.Monk
             assert f"the cluster at {address} (1 node, 1 CPU, 0 GPUs) has room for 0 of the 3 workers" in text
             assert "its autoscaler cannot add nodes enough: drop --use-gpu" in text
             said.clear()
-            cluster = check_resources(2, GPU_WORKER, 120, said.append)
+            cluster = check_resources(2, GPU_WORKER, 600, said.append)
             assert_nothing_is_reserved()
     wanted = "2 CPUs and 2 GPUs (1 CPU and 1 GPU on one node for each of 2 workers)"
-    assert said == [f"waiting up to 120 s for nodes that the autoscaler is starting: {wanted}"]
+    assert said == [f"waiting up to 600 s for nodes that the autoscaler is starting: {wanted}"]
     assert str(cluster) == f"{address} (3 nodes, 5 CPUs, 2 GPUs)"
 
 
@@ -354,7 +354,7 @@ def assert_nothing_is_reserved() -> None:
     def states() -> set[str]:
         return {group["state"] for group in placement_group_table().values()}
 
-    wait_until(lambda: states() <= {"REMOVED"}, 20, "the reservations to be removed")
+    wait_until(lambda: states() <= {"REMOVED"}, 600, "the reservations to be removed")
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def in_use(bundle: Bundle) -> Iterator[Any]:
     """Somebody else's reservation."""
     group = placement_group([bundle])
     try:
-        assert group.wait(20)
+        assert group.wait(240)
         yield group
     finally:
         remove_placement_group(group)
@@ -451,7 +451,7 @@ def test_a_folder_that_a_node_does_not_see(two_nodes: LocalCluster, tmp_path: Pa
     mount_and_run = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(storage)]
     join = [*RAY_START, "--address", two_nodes.address, "--num-cpus", "1", "--num-gpus", "0"]
     with killed_at_the_end([*mount_and_run, *join]) as node:
-        wait_until(lambda: len(Cluster.current().nodes) == 3 and node.poll() is None, 90, "the node to join")
+        wait_until(lambda: len(Cluster.current().nodes) == 3 and node.poll() is None, 600, "the node to join")
         text = sentence(lambda: preflight.check_shared_storage(RunFolder(str(storage), "run"), Cluster.current()))
         preflight.check_shared_storage(RunFolder(str(tmp_path / "shared"), "run"), Cluster.current())
     assert f"--storage-path {storage} is not shared with node {socket.gethostname()} (" in text

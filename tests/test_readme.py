@@ -21,7 +21,7 @@ def test_the_one_changed_line_trains_on_four_workers(tmp_path: Path) -> None:
         assert written in script
         script = script.replace(written, here)
     (tmp_path / "script.py").write_text(script)
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     (result,) = (json.loads(file.read_text()) for file in tmp_path.glob("runs/*/result.json"))
     assert (result["num_workers"], result["epochs"], result["test_samples"]) == (4, 10, 359)

@@ -30,7 +30,7 @@ def test_versions_are_told_without_waiting_for_torch(command: str) -> None:
         "except SystemExit as end: print(end.code)\n"
         "print([name for name in ('torch', 'pytorch_lightning', 'ray') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program, "--version"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program, "--version"], capture_output=True, text=True, timeout=600)
     told, status, imported = done.stdout.splitlines()
     assert VERSIONS.search(told)
     assert (status, imported) == ("0", "[]")
@@ -38,7 +38,7 @@ def test_versions_are_told_without_waiting_for_torch(command: str) -> None:
 
 @pytest.mark.parametrize(("argument", "why"), [([], "required: command"), (["nope"], "invalid choice: 'nope'")])
 def test_a_command_that_is_none_is_refused(argument: list[str], why: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "ray_mnist", *argument], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "ray_mnist", *argument], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(rf"error: [^\n]*{why}[^\n]*\(see ray-mnist --help\)\n", done.stderr)
 
@@ -108,7 +108,7 @@ def runner(folder: Path, installed: Path) -> Callable[..., str]:
             capture_output=True,
             text=True,
             check=True,
-            timeout=120,
+            timeout=600,
         ).stdout
 
     return run

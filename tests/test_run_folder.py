@@ -24,8 +24,6 @@ from ray_mnist.run.folder import CHECKPOINT, CHECKSUM, RunFolder, checkpoint_nam
 from ray_mnist.run.records import metrics_csv, read_metrics, throughput, to_json
 from ray_mnist.run.scratch import scratch_folder
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def local(tmp_path: Path) -> RunFolder:

@@ -291,7 +291,7 @@ class Hangs(pl.LightningModule):
         if self.global_step == 5:
             if self.global_rank == 1:
                 self.tell(stacks())
-                wait_until((self.folder / "0").exists, 60, "rank 0 to be seen waiting")
+                wait_until((self.folder / "0").exists, 600, "rank 0 to be seen waiting")
             else:
                 threading.Thread(target=self.look).start()
         return self.layer(batch[0]).sum()

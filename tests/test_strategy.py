@@ -17,8 +17,6 @@ from ranks import on_ranks
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.distributed.strategy import LoadsOncePerNode, ShardsLoaders, StaysOnDevice, extend, on_each_node
 
-pytestmark = pytest.mark.timeout(200)
-
 
 @pytest.mark.parametrize("made_by", [SingleDeviceStrategy, DDPStrategy, FSDPStrategy, DeepSpeedStrategy])
 def test_any_strategy_can_be_extended(made_by: type[Any]) -> None:

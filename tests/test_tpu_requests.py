@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import sys
-import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -60,10 +59,8 @@ def refusal(**options: Any) -> str:
     return str(refused.value)
 
 
-def test_no_tpu_is_one_sentence_in_seconds(command: Callable[..., CompletedProcess[str]], tmp_path: Path) -> None:
-    started = time.monotonic()
+def test_no_tpu_is_one_sentence(command: Callable[..., CompletedProcess[str]], tmp_path: Path) -> None:
     done = command("--dataset", "digits", "--tpu-cores", "8")
-    assert time.monotonic() - started < 30  # most of it the imports, on a busy machine
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "error: --tpu-cores 8: this machine has no TPU (no such device in /dev/accel* or /dev/vfio): start the run on "

@@ -1,6 +1,5 @@
 """Checkpoints are uploaded beside the training: no storage holds it up, and none that fails loses one in silence."""
 
-import multiprocessing
 import os
 import queue
 import signal
@@ -18,6 +17,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import use_s3_at, wait_until
+from gloo_workers import processes
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.callbacks import Recorder
@@ -31,9 +31,7 @@ from ray_mnist.run.progress import position
 from ray_mnist.run.records import read_metrics
 from ray_mnist.run.uploads import Saved, Uploads
 
-pytestmark = pytest.mark.timeout(120)
-
-SECONDS = 60  # more than anything here takes
+SECONDS = 240  # more than anything here takes
 STEPS_PER_EPOCH, LAST = 17, 34
 # What the storages below put something else in place of, where they train.
 PATCHED: list[Any] = [(RunFolder, "add_checkpoint"), (Uploads, "flush"), (uploads, "PATIENCE_S"), (uploads, "RETRY_S")]
@@ -78,10 +76,11 @@ class Storage(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self.event = threading.Event()
+            self.event, self.begun = threading.Event(), threading.Event()
             add = RunFolder.add_checkpoint
 
             def take(folder: RunFolder, source: Path, name: str, *more: Any) -> None:
+                self.begun.set()
                 self.before(name)
                 add(folder, source, name, *more)
 
@@ -90,9 +89,14 @@ class Storage(pl.Callback):
     def before(self, name: str) -> None:
         """What happens before it takes a checkpoint."""
 
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Waits after the first checkpoint, of which the next would take the place, until it is being taken."""
+        if trainer.global_step > 5 and trainer.is_global_zero:
+            assert self.begun.wait(SECONDS)
+
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            del self.event  # only what can be sent goes home from a worker
+            del self.event, self.begun  # only what can be sent goes home from a worker
 
 
 class Shut(Storage):
@@ -117,6 +121,7 @@ class Shut(Storage):
         self.taken.append(name)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        super().on_train_batch_start(trainer)
         if trainer.global_step == self.until and trainer.is_global_zero:
             self.aside = len(list(Path(trainer.default_root_dir).glob(".checkpoint_*")))
             self.event.set()
@@ -193,6 +198,7 @@ class Fails(Storage):
             raise OSError("slow down")
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        super().on_train_batch_start(trainer)
         if trainer.is_global_zero:
             (recorder,) = (callback for callback in trainer.callbacks if isinstance(callback, Recorder))
             recorder.uploads.clock = lambda: trainer.global_step
@@ -355,8 +361,9 @@ def test_what_is_under_way_when_a_training_breaks_off_is_waited_for(
 # Object stores
 
 
-def upload_and_die(storage_path: str) -> None:
+def upload_and_die(storage_path: str, environment: dict[str, str]) -> None:
     """Is killed when the first of several parts is there."""
+    os.environ.update(environment)
     folder = RunFolder(storage_path, "run")
     with folder.new_checkpoint(checkpoint_name(2)) as place:
         torch.save(torch.zeros(3 << 20), place / CHECKPOINT)
@@ -369,7 +376,7 @@ def test_a_process_killed_in_mid_upload_leaves_no_checkpoint(bucket: str, tmp_pa
     with folder.new_checkpoint(checkpoint_name(1)) as place:
         torch.save(torch.zeros(3 << 20), place / CHECKPOINT)
         folder.add_checkpoint(place, checkpoint_name(1))
-    uploading = multiprocessing.get_context("spawn").Process(target=upload_and_die, args=(storage_path,))
+    uploading = processes.Process(target=upload_and_die, args=(storage_path, dict(os.environ)))
     uploading.start()
     uploading.join(SECONDS)
     assert uploading.exitcode == -signal.SIGKILL

@@ -33,7 +33,7 @@ from ray_mnist.launch import tpu
 from ray_mnist.run.folder import CHECKPOINT, RunFolder, checkpoint_name
 from ray_mnist.run.records import read_metrics
 
-pytestmark = [pytest.mark.tpu, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.tpu
 STEPS_PER_EPOCH = 17  # digits: 1,151 // 64
 Run = subprocess.CompletedProcess[str]
 
@@ -52,7 +52,7 @@ def train(tmp_path: Path) -> Callable[..., Run]:
     def run(chips: int, *arguments: str) -> Run:
         process = start(tmp_path, chips, *arguments)
         try:
-            out, err = process.communicate(timeout=280)
+            out, err = process.communicate(timeout=600)
         finally:
             process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -95,15 +95,14 @@ def test_digits_on_one_core_as_on_the_cpu(train: Callable[..., Run], tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_mnist_killed_and_resumed_as_on_the_cpu(train: Callable[..., Run], mnist_files: Path, tmp_path: Path) -> None:
     arguments = ("--data.data_dir", str(mnist_files), "--max-epochs", "5", "--seed", "1")
     process = start(tmp_path, 1, *arguments, "--tpu-cores", "1", "--name", "tpu", "--checkpoint-every-n-steps", "100")
     folder = RunFolder(str(tmp_path / "runs"), "tpu")
     third_epoch = checkpoint_name(2 * 750)  # 48,000 // 64 steps each
-    wait_until(lambda: folder.checkpoints()[:1] > [third_epoch], 250, "a checkpoint inside the third epoch")
+    wait_until(lambda: folder.checkpoints()[:1] > [third_epoch], 600, "a checkpoint inside the third epoch")
     process.kill()
-    assert process.wait(10) == -signal.SIGKILL
+    assert process.wait(240) == -signal.SIGKILL
     resumed = train(1, "--resume", "--name", "tpu")
     assert resumed.returncode == 0, resumed.stderr
     result = result_of(tmp_path, "tpu")
@@ -288,12 +287,12 @@ def test_cores_do_not_outlive_a_killed_driver(tmp_path: Path) -> None:
     (tmp_path / "models.py").write_text(MODELS)
     driver = start(tmp_path, 2, "--dataset", "digits", "--tpu-cores", "2", "--model", "models.Sleeps", "--name", "run")
     folder = tmp_path / "runs/run"
-    wait_until(lambda: any(folder.glob("tensorboard/events*")), 120, "the training to start")
+    wait_until(lambda: any(folder.glob("tensorboard/events*")), 600, "the training to start")
     cores = psutil.Process(driver.pid).children(recursive=True)
     assert len(cores) >= 2
     driver.kill()
-    driver.wait(10)
-    _, alive = psutil.wait_procs(cores, timeout=10)
+    driver.wait(240)
+    _, alive = psutil.wait_procs(cores, timeout=600)
     for core in alive:
         core.kill()
     assert not alive
@@ -306,7 +305,7 @@ def test_two_hosts_of_a_slice_train_as_one(train: Callable[..., Run], tmp_path: 
     script = [sys.executable, str(Path(__file__).with_name("fake_pod.py")), *arguments, "--tpu-cores", "8"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run(
-        [*script, "--name", "two"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250
+        [*script, "--name", "two"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert "8 TPU cores, Lightning's XLA trainer on 2 hosts, Ray " in done.stdout

@@ -28,8 +28,8 @@ WORKERS = 2
 VICTIMS = ("worker", "node", "controller", "driver")
 STALL_TIMEOUT_S = 10  # of the runs
 PAUSE_S = 5  # for which a driver or a controller stalls, which nobody starts again while they live
-RUN_S = 180  # that a run may take in all
-END_S = 20  # in which all that a run has started is gone after it
+RUN_S = 600  # that a run may take in all
+END_S = 120  # in which all that a run has started is gone after it
 
 
 @dataclass(frozen=True)

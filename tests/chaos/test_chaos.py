@@ -8,10 +8,13 @@ import gloo_workers
 import program
 import pytest
 import torch
-from harness import Nodes, Schedule, carry_out, draw, nodes
+from harness import STALL_TIMEOUT_S, Nodes, Schedule, carry_out, draw, nodes
 from program import DROPOUT, STEPS_PER_EPOCH
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+from ray_mnist.run.folder import RunFolder
+from ray_mnist.run.records import read_failures
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,9 @@ def test_a_run_comes_to_what_it_would_have_come_to(
 ) -> None:
     outcome = carry_out(schedule, tmp_path, cluster, undisturbed[schedule.dropout])
     assert outcome.wrong == []
+    if schedule.how == "stall":
+        failures = "".join(read_failures(RunFolder(str(tmp_path), "run")))
+        assert f"stalled in validation after step {STEPS_PER_EPOCH}: no answer for {STALL_TIMEOUT_S} s" in failures
     assert outcome.identical
     assert outcome.once
 
