@@ -1,0 +1,1 @@
+from conformance import programs_arguments, programs_callbacks, programs_calls  # noqa: F401
