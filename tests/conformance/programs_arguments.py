@@ -227,9 +227,16 @@ def deterministic(make: Make, folder: Path) -> Seen:
 @program("`benchmark`, `inference_mode`, `enable_checkpointing`, `sync_batchnorm` of a net without, `model_registry`")
 def other_arguments(make: Make, folder: Path) -> Seen:
     before = torch.backends.cudnn.benchmark
-    arguments = {"sync_batchnorm": True, "model_registry": "name:version", "enable_checkpointing": False}
     try:
-        found = fitted(make, Settings(), benchmark=True, inference_mode=False, **arguments)
+        found = fitted(
+            make,
+            Settings(),
+            benchmark=True,
+            inference_mode=False,
+            sync_batchnorm=True,
+            model_registry="name:version",
+            enable_checkpointing=False,
+        )
     finally:
         torch.backends.cudnn.benchmark = before
     return found | {"files": files(folder)}

@@ -58,7 +58,7 @@ KEPT = {
     "nothing said": {},
     "monitor": {"monitor": "val_loss", "filename": "{epoch}-{step}-{val_loss:.3f}"},
     "max": {"monitor": "val_loss", "mode": "max", "save_top_k": 2, "filename": "{epoch}"},
-    "all": {"save_top_k": -1, "every_n_epochs": 1, "filename": "{epoch:02d}"},
+    "all": {"save_top_k": -1, "every_n_epochs": 2, "filename": "{epoch:02d}"},
     "none": {"save_top_k": 0, "monitor": "train_loss_epoch"},
     "last": {"save_last": True, "monitor": "val_loss", "every_n_epochs": 2},
     "link": {"save_last": "link", "save_top_k": -1, "every_n_epochs": 3},
@@ -83,16 +83,20 @@ def model_checkpoints(make: Make, folder: Path) -> Seen:
 
 @program(
     "what is in ModelCheckpoint's file",
-    differs={"callbacks": "the run's own callbacks keep their state beside the program's"},
-    differs_on_workers={},
+    differs={
+        "beside": "what a run needs to go on inside an epoch is beside the program's own",
+        "loops": "each loader's batch size and seed are kept, which a resumed run compares",
+    },
 )
 def checkpoint_contents(make: Make, folder: Path) -> Seen:
     kept = ModelCheckpoint(folder / "kept")
     fitted(make, kept, EarlyStopping("val_loss"))
     content = torch.load(kept.best_model_path, weights_only=False)
-    callbacks = sorted(content.pop("callbacks"))
-    ours = ("Recorder", "EpochSoFar", "ModelCheckpoint")
-    return content | {"callbacks": callbacks, "program's": [name for name in callbacks if not name.startswith(ours)]}
+    callbacks, progress = content.pop("callbacks"), content.pop("loops")
+    of_program = {name: state for name, state in callbacks.items() if name.startswith("EarlyStopping")}
+    beside = "ray_mnist_epoch_so_far" in content, "Recorder" in callbacks
+    content.pop("ray_mnist_epoch_so_far", None)
+    return content | {"early stopping": of_program, "loops": progress, "beside": beside}
 
 
 @program("EarlyStopping in both modes, with thresholds, at the end of the training epoch or of validation")
@@ -100,8 +104,8 @@ def early_stopping(make: Make, folder: Path) -> Seen:
     stops = [
         EarlyStopping("val_loss", patience=1, min_delta=0.2),
         EarlyStopping("train_loss", mode="max", patience=2, check_on_train_epoch_end=True),
-        EarlyStopping("val_loss", patience=9, stopping_threshold=0.1),
-        EarlyStopping("val_loss", patience=8, divergence_threshold=50.0, check_finite=False),
+        EarlyStopping("train_loss_epoch", patience=9, stopping_threshold=0.1),
+        EarlyStopping("val_loss", mode="max", patience=8, divergence_threshold=-50.0, check_finite=False),
     ]
     found = fitted(make, *stops, max_epochs=9)
     found["state"] = [(each.stopped_epoch, each.wait_count, each.best_score) for each in stops]
@@ -178,9 +182,7 @@ def collecting(bar: type[Any]) -> type[Any]:
     def on_train_batch_end(self: Any, trainer: Any, model: Any, *arguments: Any) -> None:
         bar.on_train_batch_end(self, trainer, model, *arguments)
         shown = {name: value for name, value in self.get_metrics(trainer, model).items() if name != "v_num"}
-        vars(self).setdefault("shown", []).append(
-            (self.total_train_batches, self.total_val_batches_current_epoch, shown)
-        )
+        vars(self).setdefault("shown", []).append((self.total_train_batches, shown))
 
     return type(bar.__name__, (bar,), {"on_train_batch_end": on_train_batch_end})
 
@@ -266,10 +268,14 @@ def finders(make: Make, folder: Path) -> Seen:
     def tuned(trainer: Any) -> None:
         Tuner(trainer).lr_find(Net(), loader(), num_training=3)
 
+    def scaled(trainer: Any) -> None:
+        Tuner(trainer).scale_batch_size(Net(), loader(), max_trials=1)
+
     return {
         "raises": [
             raised(lambda: fitted(make, LearningRateFinder(num_training_steps=3))),
             raised(lambda: make(callbacks=BatchSizeFinder())),
             raised(lambda: tuned(make(max_epochs=1))),
+            raised(lambda: scaled(make(max_epochs=1))),
         ]
     }
