@@ -13,6 +13,7 @@ from typing import Literal
 
 from jsonargparse import Namespace
 
+from ray_mnist.cli.optimizers import OPTIMIZERS, describe_optimizer
 from ray_mnist.cli.parser import DEFAULT_CLASSES, Parser, describe_class, expand, make_options, name_classes
 from ray_mnist.config import OPTIONS, RunConfig
 from ray_mnist.errors import RequestError
@@ -20,6 +21,9 @@ from ray_mnist.errors import RequestError
 Shape = tuple[int, int, int]
 Schedule = Literal["constant", "cosine", "one-cycle"]
 
+
+# Options that are not answered here.
+BEYOND = r"config|print_config|(trainer|optimizer|lr_scheduler)(\..*?)?"
 
 # What our classes take: a test compares.
 
@@ -67,8 +71,10 @@ def answer(description: str, arguments: Sequence[str]) -> RunConfig | None:
     if {"-h", "--help"} & set(arguments):
         of_lightning = "an argument of Lightning's Trainer"
         parser.add_argument("--trainer.ARG", metavar="VALUE", help=of_lightning, default=SUPPRESS)
+        for part in OPTIMIZERS:
+            parser.add_argument(f"--{part}", metavar="CLASS", help=describe_optimizer(part), default=SUPPRESS)
     arguments = expand(arguments)
-    options = answer_what_is_not_of_classes(parser, without(r"config|print_config|trainer(\..*?)?", arguments))
+    options = answer_what_is_not_of_classes(parser, without(BEYOND, arguments))
     if "--config" in {argument.partition("=")[0] for argument in arguments}:
         return None
     config = RunConfig(**{name: options[name] for name in OPTIONS})

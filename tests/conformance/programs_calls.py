@@ -26,10 +26,9 @@ def spied(kind: str, hooks: list[str]) -> Callable[[type], type]:
     def spy(hook: Any) -> Any:
         @wraps(hook)
         def called(self: Any, *arguments: Any, **named: Any) -> Any:
-            trainer = getattr(self, "_trainer", None) or getattr(self, "trainer", None)
-            calls = (
-                self.calls if kind == "callback" else next(c.calls for c in trainer.callbacks if hasattr(c, "calls"))
-            )
+            trainer = self._trainer if kind == "model" else getattr(self, "trainer", None)
+            spies = [self] if kind == "callback" else trainer.callbacks if trainer else []
+            calls = next((each.calls for each in spies if hasattr(each, "calls")), [])
             calls.append(f"{kind}.{hook.__name__}")
             return hook(self, *arguments, **named)
 
@@ -187,6 +186,9 @@ class Tested(Net):
     differs={
         "notes": "a fit ends in the test of the best checkpoint, for result.json; `test` then has the metrics",
     },
+    differs_on_workers={
+        "predict": "a batch is predicted as a whole, by one worker: each has every second",
+    },
 )
 def fit_that_tests(make: Make, folder: Path) -> Seen:
     model, trainer = Tested(), make(max_epochs=1)
@@ -333,14 +335,13 @@ IN_WORKER = "an error in a worker is a TrainingError, which has the worker's tra
 @program(
     "errors",
     differs={
-        "interrupt": "Ctrl-C ends a fit in KeyboardInterrupt, which says how to go on, and not in SystemExit",
+        "interrupt": "Ctrl-C ends a fit as KeyboardInterrupt, which says how to go on, and not as SystemExit",
         "arguments": "what is wrong with the request is a RequestError, one sentence, with the way out",
         "no module": "what is wrong with the request is a RequestError, one sentence, with the way out",
     },
     differs_on_workers={
         "step": IN_WORKER,
         "monitor": IN_WORKER,
-        "checkpoint": IN_WORKER,
         "no optimizer": IN_WORKER,
         "no loader": IN_WORKER,
     },
@@ -353,7 +354,6 @@ def errors(make: Make, folder: Path) -> Seen:
         "step": fit(Raises("error"), loader()),
         "interrupt": fit(Raises("interrupt"), loader()),
         "monitor": fit(Net(), loader(), callbacks=EarlyStopping("nothing")),
-        "checkpoint": fit(Net(), loader(), callbacks=ModelCheckpoint(folder, monitor="nothing")),
         "no optimizer": fit(NoOptimizer(), loader()),
         "no loader": fit(Net()),
         "arguments": fit(Net(), loader(), max_steps="many"),
