@@ -123,7 +123,7 @@ def test_a_grid_has_the_ends_of_a_range_and_what_lies_between() -> None:
         ({"model.lr": [0.1, -1.0]}, {}, "--lr -1.0 is not possible"),
         ({"model.lr": []}, {}, "model.lr has nothing to choose from"),
         ({"model.width": [1]}, {}, "cannot be tried: .*unexpected keyword argument 'width'"),
-        ({"lr": [0.1]}, {}, r"lr is neither model\.… nor data\.…"),
+        ({"lr": [0.1]}, {}, r"lr is neither model\.…, data\.… nor trainer\.…"),
         ({"data.batch_size": [64, 2]}, {"num_workers": 3}, "--batch-size 2 is the batch over all workers"),
         ({"data.batch_size": [5000]}, {}, "--batch-size 5000 is more than the 1151 training samples"),
         ({"model.lr": [0.1]}, {"search": "luck"}, "--search luck is not known: use one of random, grid, optuna"),

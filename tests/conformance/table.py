@@ -16,6 +16,7 @@ ARGUMENTS = {
     "enable_model_summary": "off unless it is given: a run's first line counts the parameters",
     "logger": "TensorBoard in the run folder unless one is given; `False` for none",
     "enable_checkpointing": "about checkpoints beside the run folder's own, which are always written",
+    "callbacks": "LearningRateFinder and BatchSizeFinder are refused: `ray_mnist.tune` searches",
     "plugins": "a ClusterEnvironment is refused: Ray is the cluster",
 }
 
