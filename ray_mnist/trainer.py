@@ -141,7 +141,7 @@ class Trainer:
         self.current_epoch, self.global_step = outcome.trainer_state.current_epoch, outcome.trainer_state.global_step
         self._take_over(outcome.trainer_state, model)
         self._newest = next((name for name in folder.checkpoints() if name == outcome.newest_checkpoint), None)
-        if self._newest and (self._elsewhere or result.test_metrics):
+        if self._newest and (self._elsewhere or outcome.test_seconds):  # in place, unless the test loaded others
             load_weights(model, folder.location(self._newest))
 
     def validate(

@@ -20,10 +20,8 @@ from ray_mnist.errors import RequestError
 
 Shape = tuple[int, int, int]
 Schedule = Literal["constant", "cosine", "one-cycle"]
+BEYOND = r"config|print_config|(trainer|optimizer|lr_scheduler)(\..*?)?"  # options that are not answered here
 
-
-# Options that are not answered here.
-BEYOND = r"config|print_config|(trainer|optimizer|lr_scheduler)(\..*?)?"
 
 # What our classes take: a test compares.
 
