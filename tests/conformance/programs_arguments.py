@@ -63,12 +63,13 @@ def limits_of_fit(make: Make, folder: Path) -> Seen:
     }
 
 
-@program("`limit_val_batches`, `limit_test_batches`, `limit_predict_batches` without a fit")
+@program("`limit_val_batches`, `limit_test_batches`, `limit_predict_batches`, `inference_mode` without a fit")
 def limits_of_evaluation(make: Make, folder: Path) -> Seen:
-    model = Net()
-    trainer = make(limit_val_batches=2, limit_test_batches=0.5, limit_predict_batches=3)
+    model = Noting()
+    trainer = make(limit_val_batches=2, limit_test_batches=0.5, limit_predict_batches=3, inference_mode=False)
     return {
         "validate": trainer.validate(model, val_loader(), verbose=False),
+        "notes": list(model.notes),
         "test": trainer.test(model, loader(40), verbose=False),
         "predict": trainer.predict(model, loader(40)),
     }
@@ -224,7 +225,7 @@ def deterministic(make: Make, folder: Path) -> Seen:
         torch.use_deterministic_algorithms(False)
 
 
-@program("`benchmark`, `inference_mode`, `enable_checkpointing`, `sync_batchnorm` of a net without, `model_registry`")
+@program("`benchmark`, `enable_checkpointing`, `sync_batchnorm` of a net without, `model_registry`")
 def other_arguments(make: Make, folder: Path) -> Seen:
     before = torch.backends.cudnn.benchmark
     try:
@@ -232,7 +233,6 @@ def other_arguments(make: Make, folder: Path) -> Seen:
             make,
             Settings(),
             benchmark=True,
-            inference_mode=False,
             sync_batchnorm=True,
             model_registry="name:version",
             enable_checkpointing=False,
