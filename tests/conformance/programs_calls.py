@@ -89,6 +89,9 @@ SAVES = (".state_dict", ".on_save_checkpoint")
 @program(
     "hooks of model, callback and data module in `fit`, `validate`, `test`, `predict`",
     differs={"saves": "the run folder's checkpoints are saved at each epoch's end, besides those of the program"},
+    differs_on_workers={
+        "predict": "a batch is predicted as a whole, by one worker: each has every second",
+    },
 )
 def hooks(make: Make, folder: Path) -> Seen:
     spy, model, kept = Spy(), SpiedNet(), ModelCheckpoint(folder, filename="kept")
@@ -185,9 +188,6 @@ class Tested(Net):
     "`fit` of a model that brings a test",
     differs={
         "notes": "a fit ends in the test of the best checkpoint, for result.json; `test` then has the metrics",
-    },
-    differs_on_workers={
-        "predict": "a batch is predicted as a whole, by one worker: each has every second",
     },
 )
 def fit_that_tests(make: Make, folder: Path) -> Seen:
