@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.load import _METADATA_FILENAME
+from pytorch_lightning.overrides.distributed import _IndexBatchSamplerWrapper
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultMetric
 from torch import Tensor
@@ -239,6 +240,20 @@ def set_step_value(trainer: pl.Trainer, key: str, value: Tensor) -> None:
     connector._callback_metrics[step_name] = value
     if not metric.meta.on_epoch:
         connector._callback_metrics[name] = value
+
+
+class SeenIndices(_IndexBatchSamplerWrapper):
+    """Lightning's record, for prediction writers, of the samples of each batch: in lists, as it keeps them."""
+
+    def __next__(self) -> list[int]:
+        batch = super().__next__()
+        self.seen_batch_indices[-1] = list(batch)
+        return batch
+
+
+def record_like(sampler: Any, shards: Any) -> Any:
+    """The sampler `shards`, recorded where Lightning has its own record of `sampler`."""
+    return SeenIndices(shards) if isinstance(sampler, _IndexBatchSamplerWrapper) else shards
 
 
 def metrics_of(trainer: pl.Trainer) -> list[Metric]:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from ray_mnist.cli import console
-from ray_mnist.cli.lightning_arguments import check_kind, data_of, ends_otherwise, for_lightning
+from ray_mnist.cli.lightning_arguments import check_kind, data_of, ends_otherwise, for_lightning, refuse_finders
 from ray_mnist.config import OPTIONS, RunConfig, global_seed
 from ray_mnist.errors import RequestError, Stopped
 from ray_mnist.launch.select import prepare
@@ -69,7 +69,6 @@ class Trainer:
         theirs = {name: value for name, value in arguments.items() if name not in own}
         self.lightning = for_lightning(theirs, self.config)
         self.full_config = config
-        self.callbacks: list[pl.Callback] = self.lightning["callbacks"]
         logger = self.lightning["logger"]
         self.loggers: list[Any] = [] if isinstance(logger, bool) else logger
         self.lightning_module: pl.LightningModule | None = None
@@ -103,7 +102,8 @@ class Trainer:
             train_dataloaders: loaders, or a data module in their place.
             val_dataloaders: loaders.
             datamodule: instead of loaders.
-            ckpt_path: start from this checkpoint, or from the `best` or `last` of the fit before.
+            ckpt_path: start from this checkpoint, or from the `best` or `last` of the fit before; before the first,
+                `last` is what a ModelCheckpoint among the callbacks saved last, if it has saved any.
             weights_only: False loads whatever `ckpt_path` holds, which may run code of whoever made it; otherwise
                 nothing but tensors and plain types is loaded, and a checkpoint that holds more is refused.
 
@@ -142,7 +142,7 @@ class Trainer:
         self.current_epoch, self.global_step = outcome.trainer_state.current_epoch, outcome.trainer_state.global_step
         self._take_over(outcome.trainer_state, model)
         self._newest = next((name for name in folder.checkpoints() if name == outcome.newest_checkpoint), None)
-        if self._newest:
+        if self._newest and (self._elsewhere or outcome.test_seconds):  # in place, unless the test loaded others
             load_weights(model, folder.location(self._newest))
 
     def validate(
@@ -209,6 +209,30 @@ class Trainer:
         return self._result
 
     @property
+    def callbacks(self) -> list[pl.Callback]:
+        """The user's callbacks.
+
+        Raises:
+            RequestError: one that is set cannot run here.
+        """
+        callbacks: list[pl.Callback] = self.lightning["callbacks"]
+        return callbacks
+
+    @callbacks.setter
+    def callbacks(self, callbacks: list[pl.Callback]) -> None:
+        refuse_finders(callbacks)
+        self.lightning["callbacks"] = callbacks
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):
+            """Says where to find what Lightning's Trainer has beside this."""
+            raise AttributeError(
+                f"ray_mnist's Trainer has no {name!r}: what trains is Lightning's Trainer in each worker, which is "
+                "self.trainer in the model, and what callbacks are called with."
+            )
+
+    @property
     def model(self) -> pl.LightningModule | None:
         """The module that the last call was about."""
         return self.lightning_module
@@ -266,18 +290,25 @@ class Trainer:
             checkpoint_every_s=self.config.checkpoint_every_s,
             allow_nan=self.config.allow_nan,
             profile=self.config.profile,
-            checkpoint=self._checkpoint(ckpt_path),
+            checkpoint=self._checkpoint(ckpt_path, task),
             weights_only=weights_only is not False,
             lightning=self.lightning,
             **more,
         )
 
-    def _checkpoint(self, ckpt_path: str | Path | None) -> str | None:
+    @property
+    def _elsewhere(self) -> bool:
+        """Whether the model that trains is a copy, in another process."""
+        return bool(self.config.num_workers) or self.config.tpu_cores > 1
+
+    def _checkpoint(self, ckpt_path: str | Path | None, task: str = "") -> str | None:
         """The path or URI of a checkpoint; None where there is none to start from.
 
         Raises:
             RequestError: it is not there.
         """
+        if ckpt_path == "last" and task == "fit" and self._folder is None:
+            return "last"  # of the user's ModelCheckpoint, which Lightning looks for
         if ckpt_path in ("best", "last"):
             if self._folder is None or self._result is None:
                 raise RequestError(f"ckpt_path={ckpt_path!r}: there was no fit before, give the path of a checkpoint.")
@@ -322,7 +353,7 @@ class Trainer:
                 job.folder.remove()
         self.lightning_module = model
         self._take_over(evaluation.trainer_state, model)
-        if job.checkpoint and (self.config.num_workers or self.config.tpu_cores > 1):
+        if job.checkpoint and self._elsewhere:
             load_weights(model, job.checkpoint, job.weights_only)  # as Lightning does
         return evaluation
 

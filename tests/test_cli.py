@@ -20,7 +20,7 @@ import yaml
 from conftest import wait_until
 
 import ray_mnist
-from ray_mnist import train
+from ray_mnist import SimpleModel, train
 from ray_mnist.cli import console, early, parser
 from ray_mnist.config import RunConfig, SweepConfig, flag
 from ray_mnist.data import download
@@ -104,7 +104,7 @@ REFUSED = {
     "batch beyond the data": (["--batch-size", "1152"], ["--batch-size 1152", "use at most 1151"]),
     "lr nan": (["--lr", "nan"], ["--model.lr", "nan", "float", HELP]),
     "lr -1": (["--lr", "-1"], ["--lr -1.0", "positive"]),
-    "unknown schedule": (["--model.schedule", "x"], ["--model.schedule", "x", "cosine"]),
+    "unknown schedule of ours": (["--model.schedule", "x"], ["--model.schedule", "x", "cosine"]),
     "unknown data set": (["--dataset", "minst"], ["--dataset minst", "mnist, fashion-mnist, kmnist, cifar10, digits"]),
     "unknown class": (["--model", "Nope"], ["--model Nope", "SimpleModel, ConvModel", "pkg.module.Class"]),
     "unknown package": (["--model", "nopkg.Nope"], ["--model nopkg.Nope", "No module named 'nopkg'", HELP]),
@@ -128,6 +128,22 @@ REFUSED = {
     "Trainer's strategy": (["--trainer.strategy", "deepspeed"], ["strategy='deepspeed'", "use one of auto, ddp"]),
     "no epochs of the Trainer's": (["--trainer.max_epochs", "-1"], ["--max-epochs -1", "at least 1"]),
     "epochs twice": (["--trainer.max_epochs", "4", "--max-epochs", "5"], ["--max-epochs 5 and --trainer.max_epochs 4"]),
+    "unknown optimizer": (["--optimizer", "Nope"], ["--optimizer Nope: neither one of torch's", HELP]),
+    "optimizer's argument x": (["--optimizer", "SGD", "--optimizer.lr", "x"], ["--optimizer.lr x: Expected a float"]),
+    "optimizer's argument nope": (["--optimizer", "SGD", "--optimizer.nope", "1"], ["--optimizer", "'nope'", HELP]),
+    "optimizer that refuses": (
+        ["--optimizer", "SGD", "--optimizer.lr", "-1"],
+        ["--optimizer torch.optim.SGD cannot be made", "Invalid learning rate: -1.0"],
+    ),
+    "unknown schedule": (["--optimizer", "SGD", "--lr_scheduler", "Nope"], ["--lr_scheduler Nope: neither", HELP]),
+    "schedule without": (
+        ["--optimizer", "SGD", "--lr_scheduler", "StepLR"],
+        ["--lr_scheduler: ", "required: step_size"],
+    ),
+    "schedule of nothing": (
+        ["--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1"],
+        ["--lr_scheduler needs --optimizer"],
+    ),
     "precision": (["--precision", "nonsense"], ["'nonsense'", "32-true", "bf16-mixed"]),
     "storage below a file": (["--storage-path", "file/below"], ["--storage-path", "file/below", "another folder"]),
     "storage in /proc": (["--storage-path", "/proc/runs"], ["--storage-path /proc/runs", "another folder"]),
@@ -441,6 +457,40 @@ def test_the_arguments_of_lightnings_trainer_are_what_is_trained_with(run: Run, 
     config = yaml.safe_load((tmp_path / "runs/run/config.yaml").read_text())
     assert config["trainer"] == {"max_steps": 40, "limit_train_batches": 5}
     assert "max_epochs" not in config
+
+
+OPTIMIZED = ["--optimizer.lr", "0.1", "--optimizer", "SGD", "--optimizer.momentum", "0.9"]
+SCHEDULED = ["--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1", "--lr_scheduler.gamma", "0.5"]
+
+
+class Optimized(SimpleModel):
+    """Has what `OPTIMIZED` and `SCHEDULED` say."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+def test_an_optimizer_and_its_schedule_take_the_place_of_the_models_own(run: Run, gloo: None, tmp_path: Path) -> None:
+    """As LightningCLI has them; on workers too, from the config.yaml of the first run."""
+    options = [*DIGITS, "--max-epochs", "2"]
+    assert run(*options, *OPTIMIZED, *SCHEDULED, "--name", "given")[::2] == (0, "")
+    assert run(*options, "--model", "test_cli.Optimized", "--name", "own")[::2] == (0, "")
+    assert run("--config", "runs/given/config.yaml", "--name", "workers", "--num-workers", "2")[::2] == (0, "")
+    given, own, workers = (
+        read_metrics(RunFolder(str(tmp_path / "runs"), name)) for name in ("given", "own", "workers")
+    )
+    assert [row["val_loss"] for row in given] == [row["val_loss"] for row in own]
+    assert [row["val_loss"] for row in given] == pytest.approx([row["val_loss"] for row in workers], rel=1e-4)
+
+
+def test_a_schedule_follows_what_it_monitors(run: Run, tmp_path: Path) -> None:
+    plateau = ["--lr_scheduler", "ReduceLROnPlateau", "--lr_scheduler.monitor", "val_loss"]
+    assert run(*DIGITS, "--max-epochs", "2", *OPTIMIZED, *plateau, "--name", "run")[0] == 0
+    newest = max(tmp_path.glob("runs/run/checkpoint_*/checkpoint.ckpt"))
+    (schedule,) = torch.load(newest, weights_only=True)["lr_schedulers"]  # as it was before the last epoch's end
+    first, _ = read_metrics(RunFolder(str(tmp_path / "runs"), "run"))
+    assert schedule["best"] == pytest.approx(first["val_loss"])
 
 
 @pytest.mark.parametrize(

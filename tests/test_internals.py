@@ -15,17 +15,19 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
+from pytorch_lightning.overrides.distributed import _IndexBatchSamplerWrapper
 from pytorch_lightning.profilers import PassThroughProfiler, SimpleProfiler
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultMetric
 from ray.train import ScalingConfig
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from ray_mnist.launch.local import LocalContext
 from ray_mnist.lightning_internals import (
     REST_OF_SHARDS,
     leave_sigterm_alone,
     parallel_sizes,
+    record_like,
     saves_shards,
     spare_each_step,
 )
@@ -280,3 +282,11 @@ def test_hooks_are_profiled_only_where_a_profiler_was_asked_for(own: Any, tmp_pa
     with profiler.profile("outer"), profiler.profile("inner"):
         pass
     assert isinstance(profiler, PassThroughProfiler) or set(own.recorded_durations) == {"outer", "inner"}
+
+
+def test_lightnings_record_of_the_samples_of_each_batch_is_kept_of_another_sampler() -> None:
+    batches, others = (BatchSampler(range(size), 2, drop_last=False) for size in (3, 5))
+    assert record_like(batches, others) is others
+    recorded = record_like(_IndexBatchSamplerWrapper(batches), others)
+    assert isinstance(recorded, _IndexBatchSamplerWrapper)  # which is what Lightning asks
+    assert list(recorded) == recorded.seen_batch_indices == [[0, 1], [2, 3], [4]]

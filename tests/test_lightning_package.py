@@ -249,13 +249,16 @@ def test_its_classes_are_taken_from_the_shell(command: Any, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_its_classes_are_searched(command: Any, tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
-    options = ["--num-samples", "2", "--space", "model.width=4,6", "--trainer.gradient_clip_val", "0.5"]
+    options = ["--num-samples", "2", "--space", "model.width=4,6", "--trainer.limit_val_batches", "2"]
+    options += ["--space", "trainer.gradient_clip_val=0.5,0.6", "--optimizer", "SGD", "--space", "optimizer.lr=0.1:0.2"]
     done = command(*FROM_THE_SHELL, *options, module="tune")
     assert (done.returncode, done.stderr) == (0, "")
     rows = (tmp_path / "runs/run/trials.csv").read_text().splitlines()[1:]
     assert [row.split(",")[-2] for row in rows] == ["done", "done"]
     best = yaml.safe_load((tmp_path / "runs/run/best_config.yaml").read_text())
-    assert best["trainer"] == {"gradient_clip_val": 0.5}
+    assert best["trainer"]["limit_val_batches"] == 2
+    assert best["trainer"]["gradient_clip_val"] in (0.5, 0.6)
+    assert 0.1 <= best["optimizer"]["init_args"]["lr"] <= 0.2
 
 
 def test_a_worker_is_told_which_of_the_two_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from pytorch_lightning.callbacks import (
 )
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import CombinedLoader, grad_norm
+from reference import lightning, same
 from torch import Tensor, nn
 from torch.utils.data import (
     ConcatDataset,
@@ -990,26 +991,6 @@ def rates_and_checkpoints_by_the_step(make: Make) -> Seen:
     return seen(trainer, model, best=best, rates=rates.lrs, table=csv_rows(table))
 
 
-def same(here: Any, there: Any, rel: float, where: str) -> None:
-    """Asserts that two findings are the same, numbers to a relative difference (of the numbers around 1 in them)."""
-    if isinstance(here, dict):
-        assert isinstance(there, dict), where
-        assert set(here) == set(there), where
-        for name in here:
-            same(here[name], there[name], rel, f"{where}[{name!r}]")
-    elif isinstance(here, list | tuple):
-        assert type(here) is type(there), where
-        assert len(here) == len(there), f"{where}: {here} {there}"
-        for index, (mine, theirs) in enumerate(zip(here, there, strict=True)):
-            same(mine, theirs, rel, f"{where}[{index}]")
-    elif isinstance(here, Tensor):
-        torch.testing.assert_close(there, here, rtol=rel, atol=rel / 10, msg=lambda text: f"{where}: {text}")
-    elif isinstance(here, float):
-        assert there == pytest.approx(here, rel=rel, abs=rel / 10), where
-    else:
-        assert here == there, where
-
-
 def run(name: str, folder: Path, make: Callable[..., Any]) -> Seen:
     """What a program sees with the Trainers that `make` makes."""
     pl.seed_everything(7, verbose=False)
@@ -1036,12 +1017,6 @@ def test_two_workers_give_what_one_process_gives(name: str, gloo: None, tmp_path
 @pytest.mark.slow
 def test_two_workers_of_ray_give_what_one_process_gives(cluster: None, tmp_path: Path) -> None:
     compare_two_workers_with_one_process("several_validation_loaders", tmp_path)
-
-
-def lightning(strategy: str = "", name: str = "", **arguments: Any) -> pl.Trainer:
-    """Lightning's own Trainer, which knows no run's name, and needs no strategy for one process."""
-    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    return pl.Trainer(accelerator="cpu", devices=1, **quiet | arguments)
 
 
 SHUFFLES_NOTHING = (

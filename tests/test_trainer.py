@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
@@ -216,6 +217,11 @@ def test_its_methods_have_lightnings_parameters() -> None:
         ({"strategy": pl.strategies.DDPStrategy()}, r"strategy=DDPStrategy\(…\) cannot run .*RayDDPStrategy"),
         ({"plugins": [LightningEnvironment()]}, "LightningEnvironment has no place where Ray"),
         ({"barebones": True}, "barebones=True leaves out the checkpoints"),
+        (
+            {"callbacks": LearningRateFinder()},
+            "LearningRateFinder tries values out in trainings of its own",
+        ),
+        ({"callbacks": [BatchSizeFinder()]}, "BatchSizeFinder tries values out in trainings of its own"),
         ({"gpus": 2}, "Lightning's Trainer refuses its arguments: .*unexpected keyword argument 'gpus'"),
         ({"max_steps": "many"}, "Lightning's Trainer refuses its arguments"),
     ],
@@ -226,6 +232,16 @@ def test_arguments_that_mean_nothing_on_ray_are_refused(
     with pytest.raises(RequestError, match=sentence) as refusal:
         Trainer(max_epochs=1, num_workers=num_workers, **arguments)
     assert "\n" not in str(refusal.value)
+
+
+def test_what_is_of_lightnings_trainer_alone_is_said_to_be(tmp_path: Path) -> None:
+    trainer = Trainer(storage_path=str(tmp_path / "runs"))
+    with pytest.raises(RequestError, match=r"LearningRateFinder tries .* search with ray_mnist\.tune"):
+        Tuner(trainer).lr_find(SimpleModel(), MNISTDataModule("digits"))
+    for use in (lambda: trainer.optimizers, lambda: Tuner(trainer).scale_batch_size(SimpleModel())):
+        with pytest.raises(AttributeError, match=r"has no '\w+': .* Lightning's Trainer in each worker"):
+            use()
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("num_workers", [(4, 2), (0, 2), (2, 3, 4), (2.0, 4), (), True, "many"])

@@ -125,7 +125,7 @@ def test_a_grid_has_the_ends_of_a_range_and_what_lies_between() -> None:
         ({"model.lr": [0.1, -1.0]}, {}, "--lr -1.0 is not possible"),
         ({"model.lr": []}, {}, "model.lr has nothing to choose from"),
         ({"model.width": [1]}, {}, "cannot be tried: .*unexpected keyword argument 'width'"),
-        ({"lr": [0.1]}, {}, r"lr is neither model\.… nor data\.…"),
+        ({"lr": [0.1]}, {}, r"lr is neither model\.…, data\.… nor trainer\.…"),
         ({"data.batch_size": [64, 2]}, {"num_workers": 3}, "--batch-size 2 is the batch over all workers"),
         ({"data.batch_size": [5000]}, {}, "--batch-size 5000 is more than the 1151 training samples"),
         ({"model.lr": [0.1]}, {"search": "luck"}, "--search luck is not known: use one of random, grid, optuna"),
@@ -136,6 +136,10 @@ def test_a_grid_has_the_ends_of_a_range_and_what_lies_between() -> None:
             {"num_workers": (2, 4)},
             "--num-workers: a trial keeps as many workers as it starts with",
         ),
+        ({"trainer.nope": [1]}, {}, "Lightning's Trainer refuses its arguments: .*'nope'"),
+        ({"trainer.gradient_clip_val": ["x"]}, {}, "Lightning's Trainer refuses its arguments: .*gradient_clip_val"),
+        ({"trainer.devices": [2]}, {}, "devices=2 means nothing here"),
+        ({"trainer.max_epochs": [3, 4]}, {}, r"trainer\.max_epochs cannot differ from trial to trial: give it to"),
         ({"model.lr": [0.1]}, {"tpu_cores": 8}, "--tpu-cores: trials train on CPUs or GPUs, drop it"),
     ],
 )
@@ -208,6 +212,13 @@ def test_a_trial_waits_for_its_epochs_without_a_look_at_the_storage(
         row["val_loss"] for row in read_metrics(RunFolder(str(tmp_path), trial.trial_id))
     ]
     assert looks == ["metrics.csv"] * 2  # for what an earlier start of the trial had told, and the line above
+
+
+def test_a_trial_trains_with_its_own_arguments_of_lightnings_trainer(tmp_path: Path) -> None:
+    lightning = for_lightning({"logger": False, "gradient_clip_val": 1.0, "max_epochs": 3}, RunConfig())
+    plan = Plan(lambda _: build({}), RunConfig(), lightning, "val_loss", "min", str(tmp_path), this_folder())
+    job = plan.job({"trainer.gradient_clip_val": 0.5, "model.lr": 0.1}, "trial")
+    assert job.lightning == lightning | {"gradient_clip_val": 0.5}
 
 
 # What a sweep does

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from jsonargparse import Namespace
 
+from ray_mnist.cli.optimizers import OPTIMIZERS, describe_optimizer
 from ray_mnist.cli.parser import (
     DEFAULT_CLASSES,
     Parser,
@@ -30,6 +31,7 @@ from ray_mnist.errors import RequestError
 DETACH, ATTACH = "--detach", "--attach"  # of a cluster that trains
 Shape = tuple[int, int, int]
 Schedule = Literal["constant", "cosine", "one-cycle"]
+BEYOND = r"config|print_config|(trainer|optimizer|lr_scheduler)(\..*?)?"  # options that are not answered here
 
 
 # What our classes take: a test compares.
@@ -107,7 +109,9 @@ def answer(make: Callable[[], Parser], arguments: Sequence[str], *more: Any) -> 
     if is_asked_for_all(arguments):
         of_lightning = "an argument of Lightning's Trainer"
         parser.add_argument("--trainer.ARG", metavar="VALUE", help=of_lightning, default=SUPPRESS)
-    options = answer_what_is_not_of_classes(parser, without(r"config|print_config|trainer(\..*?)?", arguments))
+        for part in OPTIMIZERS:
+            parser.add_argument(f"--{part}", metavar="CLASS", help=describe_optimizer(part), default=SUPPRESS)
+    options = answer_what_is_not_of_classes(parser, without(BEYOND, arguments))
     if "--config" in {argument.partition("=")[0] for argument in arguments}:
         return None
     config, *_ = (

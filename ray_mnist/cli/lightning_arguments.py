@@ -6,7 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import ProgressBar
+from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, ProgressBar
 from pytorch_lightning.strategies import ModelParallelStrategy
 
 from ray_mnist.cli import console
@@ -37,6 +37,7 @@ def for_lightning(arguments: dict[str, Any], config: RunConfig) -> dict[str, Any
     if taken.get("strategy") == "auto":
         del taken["strategy"]
     taken["callbacks"], taken["plugins"] = as_list(taken.get("callbacks")), as_list(taken.get("plugins"))
+    refuse_finders(taken["callbacks"])
     logger = taken.get("logger")
     taken["logger"] = logger is not False if logger is None or isinstance(logger, bool) else as_list(logger)
     taken["precision"] = config.precision
@@ -125,6 +126,16 @@ def refuse_strategy(strategy: Any, config: RunConfig) -> None:
             "such as RayDDPStrategy with the same arguments, Lightning's ModelParallelStrategy, or one of "
             f"{', '.join(STRATEGIES)}."
         )
+
+
+def refuse_finders(callbacks: list[Any]) -> None:
+    """Raises RequestError for Lightning's tuner."""
+    for callback in callbacks:
+        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+            raise RequestError(
+                f"{type(callback).__name__} tries values out in trainings of its own, on one device: search with "
+                "ray_mnist.tune, or call Lightning's Tuner with Lightning's Trainer, and give the run what it finds."
+            )
 
 
 def refuse_what_lightning_refuses(taken: dict[str, Any]) -> None:

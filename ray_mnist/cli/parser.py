@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse._loaders_dumpers import get_yaml_default_loader  # what it reads every number with
 
+from ray_mnist.cli.optimizers import OPTIMIZERS, add_optimizers, use_optimizers
 from ray_mnist.config import OPTIONS, RunConfig, flag
 from ray_mnist.errors import RequestError, one_line
 from ray_mnist.run.folder import RunFolder
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 UNKNOWN_CLASS = "neither one of ours (SimpleModel, ConvModel, MNISTDataModule) nor a pkg.module.Class"
 DEFAULT_CLASSES = {"model": "SimpleModel", "data": "MNISTDataModule"}
 BASES = {"model": "LightningModule", "data": "LightningDataModule"}
+WHOSE = {"trainer": "Lightning's"} | dict.fromkeys(OPTIMIZERS, "torch's")  # the classes that have short names
 SHORT = {"--lr": "--model.lr", "--batch-size": "--data.batch_size", "--dataset": "--data.dataset"}
 
 
@@ -61,12 +63,16 @@ class Parser(ArgumentParser):
 def sentence(message: str) -> str:
     """The one fact in a message of jsonargparse's, which tells of everything that it tried."""
     line = " ".join(re.sub(r"\(see [^)]*--help\)", "", message).split())
+    # The class's own parser may have been here before, and may have tried several types.
+    of_class = rf'Parser key "({"|".join(OPTIMIZERS)})".*?Errors: - --([\w-]+): (?:.*Errors: - )?(Expected a \w+)'
+    if inner := re.search(of_class + r".*? value: (\S+)", re.sub(r"<class '([\w.]+)'>", r"\1", line)):
+        return f"--{inner[1]}.{inner[2].replace('-', '_')} {inner[4]}: {inner[3]}"
     # A class may also be given as a path or left out (None): why neither fits is of no interest.
     tried = re.search(
         r'Parser key "([\w.]+)": .*Errors: - (.*?) - Expected a <class \'NoneType\'>.*Given value: (.*)', line
     )
-    if tried and tried[1].startswith("trainer."):
-        return f"--{tried[1]}{'' if '(' in tried[3] else f' {tried[3]}'}: {trainer_reason(tried[2])}"
+    if tried and (whose := WHOSE.get(tried[1].partition(".")[0])):
+        return f"--{tried[1]}{'' if '(' in tried[3] else f' {tried[3]}'}: {reason_of_all(tried[2], whose)}"
     if tried:
         option, reason, value = tried.groups()
         inner = re.match(r"--([\w-]+): (.*)", reason)  # the class's own parser was here before
@@ -77,11 +83,9 @@ def sentence(message: str) -> str:
     return re.sub(r"<class '(\w+)'>", r"\1", line)
 
 
-def trainer_reason(tried: str) -> str:
-    """Why an argument of Lightning's Trainer was refused, of all types that were `tried` for it."""
-    tried = re.sub(
-        r"Expected a dot import path string: \S+", "neither one of Lightning's nor a pkg.module.Class", tried
-    )
+def reason_of_all(tried: str, whose: str) -> str:
+    """Why an argument was refused, of all types that were `tried` for it, where classes are `whose`."""
+    tried = re.sub(r"Expected a dot import path string: \S+", f"neither one of {whose} nor a pkg.module.Class", tried)
     reasons = dict.fromkeys(re.sub(r"<class '([\w.]+)'>", r"\1", tried).split(" - "))
     said = [reason for reason in reasons if not reason.startswith("Expected a ")]
     return said[0] if said else "Expected " + " or ".join(reason.removeprefix("Expected a ") for reason in reasons)
@@ -127,12 +131,13 @@ def make_parser(module: str, description: str) -> Parser:
 
 
 def add_all_arguments(parser: Parser) -> Parser:
-    """Adds `--model` and `--data` with the arguments of their classes, and Lightning's `--trainer`; returns it."""
+    """Adds Lightning's `--trainer`, and the classes, from `--model` to `--optimizer`; returns the parser."""
     import pytorch_lightning as pl
 
     add_classes(parser)
     names = parser.add_class_arguments(pl.Trainer, "trainer", instantiate=False, fail_untyped=False, sub_configs=True)
     parser.set_defaults(dict.fromkeys(names, SUPPRESS))  # what is not given is for `Trainer` to choose
+    add_optimizers(parser)
     return parser
 
 
@@ -173,8 +178,10 @@ def name_classes(arguments: Sequence[str]) -> list[str]:
     for _, file in filter(lambda pair: pair[0] == "--config", given):
         with suppress(OSError, yaml.YAMLError, TypeError, AttributeError):  # the parser will say what is wrong with it
             config = yaml.safe_load(Path(file).read_text())
-            classes |= {name: config[name]["class_path"] for name in classes if "class_path" in config.get(name, {})}
-    classes |= {option.removeprefix("--"): value for option, value in given if option in ("--model", "--data")}
+            named = [name for name in (*classes, *OPTIMIZERS) if "class_path" in config.get(name, {})]
+            classes |= {name: config[name]["class_path"] for name in named}
+    parts = {f"--{part}": part for part in (*classes, *OPTIMIZERS)}
+    classes |= {parts[option]: value for option, value in given if option in parts}
     return [f"--{name}={class_name}" for name, class_name in classes.items()] + [*arguments]
 
 
@@ -240,7 +247,7 @@ def instantiate(parser: Parser, config: Namespace) -> "tuple[LightningModule, Li
     """The model and the data module; a model left at the shape of MNIST is sized to the data, in `config` too.
 
     Raises:
-        RequestError: a class does not take its arguments, or the model has fewer classes than the data.
+        RequestError: a class or an optimizer does not take its arguments, or the model has fewer classes than the data.
     """
     data = make(parser, config, "data")
     sizes = config.model.init_args
@@ -250,7 +257,9 @@ def instantiate(parser: Parser, config: Namespace) -> "tuple[LightningModule, Li
     classes, least = sizes.get("num_classes"), getattr(data, "num_classes", 0)
     if isinstance(classes, int) and classes < least:
         raise RequestError(f"--model.num_classes {classes} is fewer than the {least} of the data: leave it out.")
-    return make(parser, config, "model"), data
+    model = make(parser, config, "model")
+    use_optimizers(model, config)
+    return model, data
 
 
 def make(parser: Parser, config: Namespace, name: str) -> Any:

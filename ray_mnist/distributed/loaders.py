@@ -30,7 +30,7 @@ from ray_mnist.distributed.sharding import (
     shard_training,
 )
 from ray_mnist.errors import RequestError
-from ray_mnist.lightning_internals import is_sharded
+from ray_mnist.lightning_internals import is_sharded, record_like
 
 BatchSlice = tuple[int, int | None, int]
 
@@ -179,8 +179,7 @@ class ShardedLoader(ResumableLoader):
         else:
             own: Any = loader.batch_sampler
             self.shards = ShardedBatchSampler(own, shard_batches, self.draws)
-            # Lightning's sampler for prediction tells writers which samples a batch is made of.
-            sampler = type(own)(self.shards) if hasattr(own, "seen_batch_indices") else self.shards
+            sampler = record_like(own, self.shards)
             # By place, of samplers whose indices are known to be whole numbers.
             collates = self.shards.draws_at_once and collates_rows(loader)
             dataset = SeededDataset(loader.dataset, self.draws, collates)

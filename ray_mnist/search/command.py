@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ray_mnist.cli import console
+from ray_mnist.cli.optimizers import OPTIMIZERS
 from ray_mnist.cli.parser import (
     add_all_arguments,
     expand,
@@ -23,6 +24,8 @@ from ray_mnist.errors import RequestError
 from ray_mnist.search import space
 from ray_mnist.search.options import BATCH_SIZE, LR, SHORT, make_sweep_options
 from ray_mnist.search.sweep import Sweep
+
+PARTS = ("model", "data", "trainer", *OPTIMIZERS)
 
 
 def domains_of(config: Any) -> dict[str, Any]:
@@ -42,11 +45,11 @@ def domains_of(config: Any) -> dict[str, Any]:
         if not equals:
             raise RequestError(f"--space {item!r} is not KEY=VALUES, such as model.width=64,128.")
         written[name] = (f"--space {name}", text, False)
+    parts = [part for part in ("model", "data", *OPTIMIZERS) if config.get(part)]
+    known = [f"{part}.{key}" for part in parts for key in vars(config[part].init_args)]
     for name in written:
-        part, _, argument = name.partition(".")
-        if part not in ("model", "data") or argument not in config[part].init_args:
-            known = ", ".join(f"{part}.{key}" for part in ("model", "data") for key in vars(config[part].init_args))
-            raise RequestError(f"--space {name}: there is no such argument, only {known}.")
+        if name not in known and not name.startswith("trainer."):
+            raise RequestError(f"--space {name}: there is no such argument, only {', '.join(known)} and trainer.ARG.")
     return {name: space.parse(*arguments) for name, arguments in written.items()}
 
 
@@ -58,13 +61,14 @@ def search() -> None:
     sweep_config = SweepConfig(**{option.name: config[option.name] for option in fields(SweepConfig)})
     domains = domains_of(config)
     whole = plain(parser, config)
-    train_only = {name: value for name, value in whole.items() if name in (*OPTIONS, "model", "data", "trainer")}
+    train_only = {name: value for name, value in whole.items() if name in (*OPTIONS, *PARTS)}
 
     def whole_config(parameters: dict[str, Any]) -> dict[str, Any]:
         of_trial = copy.deepcopy(train_only)
         for name, value in parameters.items():
             part, argument = name.split(".")
-            of_trial[part]["init_args"][argument] = value
+            arguments = of_trial.setdefault(part, {}) if part == "trainer" else of_trial[part]["init_args"]
+            arguments[argument] = value
         return of_trial
 
     def build(parameters: dict[str, Any]) -> Any:

@@ -13,6 +13,12 @@ from ray_mnist.errors import RequestError
 GRID_POINTS = 5  # of a range, in a grid search
 
 
+def of_trainer(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a trial's parameters that are arguments of Lightning's Trainer."""
+    trainer = "trainer."
+    return {name.removeprefix(trainer): value for name, value in parameters.items() if name.startswith(trainer)}
+
+
 def parse(name: str, text: str, as_range: bool = False) -> Domain:
     """`64,128` is a choice, `0.1:0.5` a range, `1e-4:1e-1:log` one whose logarithm is drawn evenly.
 

@@ -51,7 +51,7 @@ def tune(
         model_class: makes the model.
         datamodule_class: makes the data module.
         search_space: Ray Tune's domains, such as `tune.loguniform(1e-4, 1e-1)`, or lists of choices, by dotted names
-            such as `model.lr` and `data.batch_size`.
+            such as `model.lr`, `data.batch_size` and `trainer.gradient_clip_val`.
         model: the model's other arguments.
         data: the data module's other arguments.
         **arguments: those of `SweepConfig`, `RunConfig` and Lightning's Trainer.
@@ -67,9 +67,10 @@ def tune(
         given = {part: dict(fixed[part]) for part in fixed}
         for name, value in parameters.items():
             part, _, argument = name.partition(".")
-            if part not in given or not argument:
-                raise RequestError(f"{name} is neither model.… nor data.…, which a sweep searches.")
-            given[part][argument] = value
+            if part not in (*given, "trainer") or not argument:
+                raise RequestError(f"{name} is neither model.…, data.… nor trainer.…, which a sweep searches.")
+            if part in given:
+                given[part][argument] = value
         return model_class(**given["model"]), datamodule_class(**given["data"])
 
     domains = {name: ray.tune.choice(list(v)) if isinstance(v, list | tuple) else v for name, v in search_space.items()}
@@ -105,7 +106,8 @@ class Sweep:
         if self.config.elastic:
             raise RequestError("--num-workers: a trial keeps as many workers as it starts with, give one number.")
         theirs = {name: value for name, value in arguments.items() if name not in set(OPTIONS) - {"max_epochs"}}
-        self.lightning = for_lightning(theirs | {"logger": arguments.get("logger", False)}, self.config)
+        self.theirs = theirs | {"logger": arguments.get("logger", False)}
+        self.lightning = for_lightning(self.theirs, self.config)
         self.placed = self.config  # with the CPUs that a worker gets on the cluster, once there is one
         self.build, self.domains, self.sweep = build, domains, sweep
         self.whole_config = whole_config or self._saved_arguments
@@ -165,6 +167,7 @@ class Sweep:
                 raise RequestError(f"{name} has nothing to choose from.")
         made = []
         for parameters in space.extremes(self.domains):
+            self._check_trainer(space.of_trainer(parameters))
             try:
                 model, datamodule = self.build(parameters)
             except (TypeError, ValueError) as error:
@@ -179,6 +182,12 @@ class Sweep:
             files = (datamodule.dataset, datamodule.data_dir, datamodule.mirror)
             sizes[files] = datamodule.check(world_size, sizes.get(files))
         return made[0]
+
+    def _check_trainer(self, parameters: dict[str, Any]) -> None:
+        """Raises RequestError unless Lightning's Trainer takes them, and takes them as they are."""
+        if parameters and for_lightning(self.theirs | parameters, self.config) != self.lightning | parameters:
+            names = ", ".join(f"trainer.{name}" for name in parameters)
+            raise RequestError(f"{names} cannot differ from trial to trial: give it to the sweep as a whole.")
 
     def _check_name(self, folder: RunFolder, existed: bool) -> None:
         if self.config.resume and not folder.has("config.yaml"):

@@ -19,6 +19,7 @@ from ray_mnist.run.events import EpochEnded, Event
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Row
 from ray_mnist.run.records import read_metrics
+from ray_mnist.search import space
 from ray_mnist.worker import Job, can_test, run
 
 TRIAL_CPU = 0.01  # a trial cannot ask for nothing
@@ -64,7 +65,7 @@ class Plan:
             profile=self.config.profile,
             monitor=(self.metric, self.mode),
             with_test=False,
-            lightning=self.lightning,
+            lightning=self.lightning | space.of_trainer(parameters),
         )
 
 
