@@ -183,9 +183,14 @@ def test_deaths_in_starting_and_of_the_controller_are_failures_like_any_other(cl
     killed: list[int] = []
 
     def kill_when(actor_class: str, condition: Callable[[], bool] = lambda: True) -> None:
+        found = [0]  # asked once: it may be gone at the next look, and 0 would kill all of these tests
         wait_until(condition, 600, "its time to die")
-        wait_until(lambda: process_of(actor_class) not in (0, *killed), 600, f"the process of a {actor_class}")
-        killed.append(process_of(actor_class))
+        wait_until(
+            lambda: found.append(process_of(actor_class)) or found[-1] not in (0, *killed),
+            600,
+            f"the process of a {actor_class}",
+        )
+        killed.append(found[-1])
         os.kill(killed[-1], signal.SIGKILL)
 
     def kill_three() -> None:

@@ -384,7 +384,7 @@ def test_a_trial_that_is_killed_frees_its_workers_where_rays_own_run_does_not(
             name = bytes.fromhex(group["placement_group_id"])
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(name)))
         for row in ray._private.state.actors().values():
-            if row["State"] == "ALIVE" and row["ActorClassName"] == "PlacementGroupCleaner":
+            if row["State"] == "ALIVE" and row["ActorClassName"] == "PlacementGroupCleaner" and row["Pid"]:
                 os.kill(row["Pid"], signal.SIGKILL)
 
 
