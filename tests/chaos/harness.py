@@ -251,7 +251,7 @@ def compare(outcome: Outcome, found: dict[str, Any], expected: dict[str, Any]) -
     weights, wanted, result, came_to = found["weights"], expected["weights"], found["result"], expected["result"]
     outcome.restarts = result["restarts"]
     if outcome.schedule.then != WORKERS:  # who add up in another order
-        came_to = {name: pytest.approx(value, rel=1e-4) for name, value in came_to.items()}
+        came_to = {name: value and pytest.approx(value, rel=1e-4) for name, value in came_to.items()}
     differs = [name for name in ("steps", "train_loss", "val_loss") if result[name] != came_to[name]]
     outcome.wrong += [f"{name} is {result[name]}, not {came_to[name]}" for name in differs]
     same_weights = all(torch.equal(weights[name], wanted[name]) for name in wanted)
