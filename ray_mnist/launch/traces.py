@@ -27,6 +27,7 @@ ENVIRONMENT = (
     *("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG"),
 )
 IGNORED = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")  # scikit-learn's, which sets them as it is imported
+PATCHED = {("multiprocessing.synchronize", "SemLock._make_name")}  # by joblib, which scikit-learn imports
 Functions = dict[tuple[str, str], Any]
 
 
@@ -135,7 +136,7 @@ class Traces:
 
     def _is_foreign(self, name: tuple[str, str], value: Any) -> bool:
         """Whether somebody has put it there; packages replace their own, as torch does each optimizer's `step`."""
-        if self.functions.setdefault(name, value) is value:
+        if self.functions.setdefault(name, value) is value or name in PATCHED:
             return False
         return not isinstance(value, FunctionType) or package(value.__globals__["__name__"]) != package(name[0])
 
