@@ -23,12 +23,11 @@ def run() -> None:
     parser.add_argument("command", choices=COMMANDS)
     line = os.environ.get("COMP_LINE", "").split(" ") if "_ARGCOMPLETE" in os.environ else []
     if len(line) > 2 and line[1] in COMMANDS:  # a shell completes what comes after the command
-        sys.argv.insert(1, line[1])
         os.environ["_ARGCOMPLETE"] = "2"  # of so many words the command's parser knows nothing
         command = line[1]
     else:
         command = parser.parse_args(sys.argv[1:2]).command
-    del sys.argv[1]
+        del sys.argv[1]
     runpy.run_module(f"ray_mnist.{command}", run_name="__main__", alter_sys=True)
 
 

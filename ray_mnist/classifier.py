@@ -34,9 +34,8 @@ class Classifier:
             RequestError: one is no picture, or nothing is to be seen on it; or the model is no classifier of images.
         """
         images = [pictures.read(picture, self.shape, self.box) for picture in found]
-        rows = [
-            row for start in range(0, len(images), AT_A_TIME) for row in ask(self.model, images[start:][:AT_A_TIME])
-        ]
+        starts = range(0, len(images), AT_A_TIME)
+        rows = [row for start in starts for row in ask(self.model, images[start : start + AT_A_TIME])]
         return [dict(zip(self.names or map(str, range(len(row))), row, strict=False)) for row in rows]
 
 

@@ -73,7 +73,7 @@ def attached(arguments: Sequence[str]) -> Namespace | None:
     Raises:
         RequestError: something else was given, too.
     """
-    if ATTACH not in {argument.partition("=")[0] for argument in arguments} or {"-h", "--help"} & set(arguments):
+    if ATTACH not in {argument.partition("=")[0] for argument in arguments} or is_asked_for_all(arguments):
         return None
     parser = make_command("train", "")
     parser.add_argument(ATTACH)
@@ -144,12 +144,6 @@ def answer_what_is_not_of_classes(parser: Parser, arguments: Sequence[str]) -> N
 def is_asked_for_all(arguments: Sequence[str]) -> bool:
     """Whether all options are to be shown: in the help, or by a shell that completes one."""
     return bool({"-h", "--help"} & set(arguments)) or "_ARGCOMPLETE" in os.environ
-
-
-def answer_version(module: str, arguments: Sequence[str]) -> None:
-    """Ends the program with the versions if they are asked for, which is all that it answers."""
-    if "--version" in arguments:
-        make_options(module, "").parse_args(["--version"])
 
 
 def without(options: str, arguments: Sequence[str]) -> list[str]:

@@ -50,12 +50,11 @@ def write(
     seconds = values["seconds"]
     phases = {phase: seconds[phase] for phase in ("startup", "fit", "test") if seconds[phase]}
     own = {name: value for metrics in outcome.test_metrics for name, value in metrics.items()}
-    text = render(
+    write_page(
+        folder,
         "run/report.html.jinja",
-        name=folder.name,
-        versions=values["versions"],
-        values=values,
-        begun=time.strftime("%Y-%m-%d %H:%M", time.localtime(started)),
+        values,
+        started,
         results=results(values | {name: value for name, value in own.items() if name not in values}),
         phases=phases,
         total=max(seconds["total"], sum(phases.values())),
@@ -68,13 +67,23 @@ def write(
         columns=[name for name in columns(outcome.history) if any(name in row for row in outcome.history)],
         config=folder.read("config.yaml").decode() if folder.has("config.yaml") else "",
     )
-    folder.write("report.html", text)
 
 
-def render(template: str, **values: Any) -> str:
-    """A page, from a template of this package; what is missing in `values` is an error, and their text is escaped."""
+def write_page(folder: RunFolder, template: str, values: dict[str, Any], started: float, **more: Any) -> None:
+    """Writes report.html from a template of this package; what is missing is an error, and all text is escaped.
+
+    Args:
+        folder: of the run or the sweep.
+        template: its path in the package.
+        values: result.json.
+        started: when, in seconds since the epoch.
+        **more: what the template shows beside.
+    """
     loader = PackageLoader("ray_mnist", ".")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(template).render(values)
+    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(template)
+    begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(started))
+    common = {"name": folder.name, "versions": values["versions"], "values": values, "begun": begun}
+    folder.write("report.html", page.render(common | more))
 
 
 def encoded(plots: dict[str, bytes]) -> dict[str, str]:

@@ -1,10 +1,9 @@
 """report.html of a sweep: its trials and the best of them on one page that needs nothing but itself."""
 
-import time
 from typing import Any
 
 from ray_mnist.run.folder import RunFolder
-from ray_mnist.run.page import encoded, render, results
+from ray_mnist.run.page import encoded, results, write_page
 
 
 def write(
@@ -25,12 +24,11 @@ def write(
         plots: the PNG files, by their names.
         started: when, in seconds since the epoch.
     """
-    text = render(
+    write_page(
+        folder,
         "search/report.html.jinja",
-        name=folder.name,
-        versions=values["versions"],
-        values=values,
-        begun=time.strftime("%Y-%m-%d %H:%M", time.localtime(started)),
+        values,
+        started,
         metric=metric,
         parameters={name: in_short(value) for name, value in values["parameters"].items()},
         results=results(values),
@@ -38,7 +36,6 @@ def write(
         trials=[{name: in_short(value) for name, value in row.items()} for row in table],
         config=folder.read("best_config.yaml").decode(),
     )
-    folder.write("report.html", text)
 
 
 def in_short(value: Any) -> str:
