@@ -17,7 +17,8 @@ from ray_state import actors, placement_groups
 
 from ray_mnist import ConvModel, MNISTDataModule, RequestError, SimpleModel, Trainer, TrainingError
 from ray_mnist.config import RunConfig
-from ray_mnist.launch.keeping import KEEPER, needs
+from ray_mnist.launch import keeping
+from ray_mnist.launch.keeping import KEEPER, Keeper, needs
 
 
 @pytest.fixture
@@ -160,6 +161,13 @@ def test_a_ray_of_its_own_stays_too_and_ends_with_the_process(tmp_path: Path) ->
     processes = [int(process) for process in script.stdout.split()]
     assert processes
     wait_until(lambda: not any(map(psutil.pid_exists, processes)), 600, "the processes to end")
+
+
+def test_the_watch_outlives_a_ray_that_ends_as_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper = Keeper()
+    monkeypatch.setattr(keeping, "session", lambda: keeper.session)  # as it was when the watch looked
+    keeper.wait(3600)
+    wait_until(keeper.called.is_set, 60, "what is kept to be given back")
 
 
 @pytest.mark.parametrize("seconds", [-1, float("inf"), float("nan"), "60", True])

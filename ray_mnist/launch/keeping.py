@@ -78,9 +78,14 @@ class Keeper:
             with self.lock:
                 if called.is_set():
                     return
-                ended = self.session != session()  # by the user's code
-                if ended or time.monotonic() >= until or ray_internals.somebody_waits():
+                if time.monotonic() >= until or self._is_of_no_use():
                     self.give_back()
+
+    def _is_of_no_use(self) -> bool:
+        try:
+            return self.session != session() or ray_internals.somebody_waits()
+        except (AttributeError, RayError):  # the user's code ends Ray at this moment, or the cluster has died
+            return True
 
     def _answers(self) -> bool:
         try:
