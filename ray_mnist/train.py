@@ -3,13 +3,13 @@
 import re
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from threading import Thread
 from typing import Any
 
 from ray_mnist.cli import console, early
 from ray_mnist.cli.parser import expand
 from ray_mnist.config import RunConfig
+from ray_mnist.lightning_package import import_heavy
 
 DESCRIPTION = "Train and test a model, here, on a Ray cluster or on a TPU."
 
@@ -27,7 +27,7 @@ def train() -> None:
     given = [argument for argument in sys.argv[1:] if argument != early.DETACH]
     detached = early.DETACH in sys.argv
     options = early.answer(lambda: early.make_train_options(DESCRIPTION), expand(given))
-    importing = Thread(target=import_module, args=["ray_mnist.trainer"], daemon=True)
+    importing = Thread(target=import_heavy, args=["ray_mnist.trainer"], daemon=True)
     importing.start()  # which takes seconds, in which Ray starts
     if options and options.num_workers and not detached:
         from ray_mnist.launch.connection import start_if_local

@@ -9,11 +9,13 @@ if __name__ == "__main__":
     from ray_mnist.cli import console, early
     from ray_mnist.cli.parser import expand
     from ray_mnist.config import SweepConfig
+    from ray_mnist.lightning_package import import_heavy
     from ray_mnist.search.options import SHORT, make_sweep_options
 
     def search() -> None:
         """Searches, unless something else was asked for."""
         early.answer(make_sweep_options, expand(sys.argv[1:], SHORT), SweepConfig)
+        import_heavy("ray_mnist.search.command")
         from ray_mnist.search import command
 
         command.search()

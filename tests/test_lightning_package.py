@@ -1,5 +1,6 @@
 """Programs of the package `lightning`, as they are written for it: one changed line, and their own classes."""
 
+import gc
 import re
 import subprocess
 import sys
@@ -272,6 +273,19 @@ def test_a_worker_is_told_which_of_the_two_comes_first(tmp_path: Path, monkeypat
     told: Any = launch.make_trainer(job, RunConfig(num_workers=1), {"send": print}, 0, lambda begin, **_: begin)
     assert told.func is lightning_package.call_with
     assert told.args == ("pytorch_lightning", "ray_mnist.launch.ray:train_function")
+
+
+def test_garbage_is_looked_for_after_the_imports_and_not_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "heavy.py").write_text("import gc\nlooked_for = gc.isenabled()")
+    (tmp_path / "broken.py").write_text("1 / 0")
+    lightning_package.import_heavy("heavy")
+    assert not sys.modules.pop("heavy").looked_for
+    with pytest.raises(ZeroDivisionError):
+        lightning_package.import_heavy("broken")
+    assert gc.isenabled()
 
 
 def test_another_version_of_lightning_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ It imports neither torch nor Lightning, which takes seconds, so that a command c
 
 import os
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import ray
@@ -13,7 +12,7 @@ import ray
 from ray_mnist import ray_internals
 from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
 from ray_mnist.config import RunConfig
-from ray_mnist.lightning_package import package_in_use
+from ray_mnist.lightning_package import import_heavy, package_in_use
 
 # Ray Train reads these when a run starts. A value that is set already is somebody's wish and stays.
 RAY_TRAIN_SETTINGS = {
@@ -57,5 +56,4 @@ def enough_cpus(config: RunConfig, cpus: int = 0) -> int:
 
 def import_worker(package: str) -> None:
     """Imports what a worker runs, torch and Lightning with it, of which `package` is the one in use."""
-    import_module(package)
-    import_module("ray_mnist.worker")
+    import_heavy(package, "ray_mnist.worker")
