@@ -109,6 +109,14 @@ def test_the_status_is_the_runs(status: JobStatus, code: int | None, expected: i
     assert detached.status_of(job(status=status, code=code)) == expected
 
 
+def test_followed_is_what_goes_on_or_was_not_refused() -> None:
+    done, refused = job(status=JobStatus.SUCCEEDED, code=0), job(code=2)
+    done.start_time, refused.start_time = 1, 2
+    assert detached.newest([done, refused]) is done
+    goes_on = job(status=JobStatus.RUNNING)
+    assert detached.newest([goes_on, done, refused]) is goes_on
+
+
 class Command:
     """`python -m ray_mnist.train <arguments>`, running, and what it says meanwhile."""
 

@@ -105,8 +105,12 @@ def attach(name: str, address: str | None) -> None:
             f"--attach {name}: the cluster at {client.get_address()} has no such run, "
             f"{f'but {others}' if others else 'nor any other that was submitted to it'}."
         )
-    newest = max(found, key=lambda job: (not job.status.is_terminal(), job.start_time or 0))  # but first what lives
-    show(client, str(newest.submission_id), address)
+    show(client, str(newest(found).submission_id), address)
+
+
+def newest(jobs: Sequence[JobDetails]) -> JobDetails:
+    """The job that goes on, or else the last one that was not refused, as a second one of a name is that goes on."""
+    return max(jobs, key=lambda job: (not job.status.is_terminal(), job.driver_exit_code != 2, job.start_time or 0))
 
 
 def name_of(job: JobDetails) -> str:
