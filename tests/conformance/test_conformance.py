@@ -15,7 +15,7 @@ from ray_mnist.worker import quiet
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_it_finds_what_lightning_finds(name: str, num_workers: int, gloo: None, tmp_path: Path) -> None:
     row = PROGRAMS[name]
