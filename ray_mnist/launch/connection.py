@@ -34,7 +34,7 @@ def connect(config: RunConfig, job: "Job", cpus: int = 0, keep_s: float = 0) -> 
     CPUs, if not more.
     """
     KEEPER.take_up(config, ahead.enough_cpus(config, cpus))
-    if KEEPER.ray_for is not None and needs_folder(job) and on_other_machines():
+    if KEEPER.ray_for is not None and needs_folder(job) and may_use_other_machines():
         KEEPER.give_back()  # a folder can be sent only as one connects
     if not ray.is_initialized() and start_or_join(config, job, cpus):
         keep_s = 0
@@ -53,7 +53,7 @@ def start_or_join(config: RunConfig, job: "Job", cpus: int) -> bool:
     try:
         if address:
             ray.init(address=address, **ahead.QUIET)
-            if needs_folder(job) and on_other_machines():
+            if needs_folder(job) and may_use_other_machines():
                 ray.shutdown()  # a folder can be sent only as one connects
                 copied = True
                 with sending():
@@ -106,9 +106,10 @@ def is_in_folder(modules: Iterable[str]) -> bool:
     return any(file and here in Path(file).resolve().parents and sys.prefix not in file for file in files)
 
 
-def on_other_machines() -> bool:
-    """Whether the cluster has a node that is not on this machine."""
-    return any(node["Alive"] and node["NodeManagerHostname"] != socket.gethostname() for node in ray.nodes())
+def may_use_other_machines() -> bool:
+    """Whether the cluster has a node that is not on this machine, or something that adds nodes."""
+    others = any(node["Alive"] and node["NodeManagerHostname"] != socket.gethostname() for node in ray.nodes())
+    return others or ray_internals.has_autoscaler() or ray_internals.nodes_are_joining()
 
 
 def folder_to_send(config: RunConfig) -> dict[str, Any]:

@@ -68,7 +68,9 @@ class Net(pl.LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         images, labels, ids = batch
         self.seen[self.current_epoch] += counted(ids, TRAIN)
-        return F.cross_entropy(self.net(images), labels)
+        loss = F.cross_entropy(self.net(images), labels)
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         images, labels, _ = batch
