@@ -18,10 +18,11 @@ import grpc  # type: ignore[import-untyped]
 import jsonschema  # type: ignore[import-untyped]
 import ray
 import ray.autoscaler
+from ray._common.utils import get_system_memory
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-from ray._private.utils import read_ray_address
+from ray._private.utils import get_used_memory, read_ray_address
 from ray._private.worker import global_worker
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.sdk import get_cluster_status
@@ -154,11 +155,18 @@ def start_workers(num_workers: int, prepare: Callable[[], None]) -> list[Any]:
     `StartedWorkerGroup` takes them. What they need of the machine, the run's placement group reserves. They end with
     what is returned.
     """
-    actor: Any = ray.remote(num_cpus=0)(RayTrainWorker)
-    workers = [actor.options(name=worker_name(rank)).remote() for rank in range(num_workers)]
-    for worker in workers:
-        worker.execute.remote(prepare)
-    return workers
+    return [start_worker(prepare, name=worker_name(rank))[0] for rank in range(num_workers)]
+
+
+def start_worker(prepare: Callable[[], None], **options: Any) -> tuple[Any, Any]:
+    """Starts a worker with Ray's options for actors; returns it, and the reference to `prepare` being done in it."""
+    worker: Any = ray.remote(num_cpus=0)(RayTrainWorker).options(**options).remote()
+    return worker, worker.execute.remote(prepare)
+
+
+def memory_used() -> float:
+    """The share of this machine's memory, or of this container's, that is in use."""
+    return float(get_used_memory() / get_system_memory())
 
 
 def end_workers() -> None:

@@ -5,6 +5,7 @@ tests/test_internals.py names what a new release moved.
 
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -13,6 +14,7 @@ from ray._private.state import state as global_state
 from ray._private.worker import global_worker
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 from ray.exceptions import RayActorError, RayError
+from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
@@ -25,15 +27,17 @@ from ray.train.v2._internal.execution.worker_group.placement_group_handle import
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus
 from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
 from ray.util import get_current_placement_group
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ray_mnist.launch.exchange import Exchange
+from ray_mnist.launch.spares import Spares
 from ray_mnist.launch.stalls import Ask
 from ray_mnist.ray_internals import end_workers, worker_name
 from ray_mnist.ray_scaling_internals import asking, policies
 
 ANSWER_S = 10  # in which a worker that is well answers
+LEAVE_S = 10  # in which one that is well leaves its process group; for one that is stopped, Ray waits 30 s
 
 
 def output_files() -> str:
@@ -97,9 +101,10 @@ class KeptWorkers(WorkerGroupState):
 
 
 class StartedWorkerGroup(WorkerGroup):
-    """Takes the workers that the run before has left, or those that `start_workers` has started, if they live."""
+    """Takes the workers that the run before has left, or those that were started already, if they live."""
 
     kept: ClassVar[KeptWorkers | None] = None
+    spares: ClassVar[Spares | None] = None
     taken: list[Worker] | None = None
 
     def keep(self, clean: Callable[[], bool]) -> None:
@@ -120,16 +125,31 @@ class StartedWorkerGroup(WorkerGroup):
     ) -> Any:
         if self.taken:
             return self._assign_worker_ranks(self.taken)
-        try:
-            actors = [ray.get_actor(worker_name(rank)) for rank in range(num_workers)]
-            about: list[Any] = ray.get([actor.get_metadata.remote() for actor in actors])
-        except (ValueError, RayActorError):  # there are none, or none any more
-            return super()._create_workers(num_workers, placement_group, resources_per_worker, *others, **more)
-        ranks = zip(range(num_workers), actors, about, strict=True)
+        nodes = placement_group_table(placement_group)["bundles_to_node_id"]
+        started = {bundle: self.started_on(nodes[bundle], bundle) for bundle in range(num_workers)}
         workers = [
-            Worker(actor, one, resources_per_worker, placement_group_bundle_index=rank) for rank, actor, one in ranks
+            Worker(*found, resources_per_worker, placement_group_bundle_index=bundle)
+            for bundle, found in started.items()
+            if found
         ]
+        new = [bundle for bundle, found in started.items() if not found]
+        if new:
+            workers += super()._create_workers(len(new), placement_group, resources_per_worker, new, **more)
         return self._assign_worker_ranks(workers)
+
+    def started_on(self, node: str, bundle: int) -> tuple[Any, Any] | None:
+        """A worker on the node that was started already, and what it tells of itself; None if there is none."""
+        with suppress(ValueError, RayActorError):
+            actor = ray.get_actor(worker_name(bundle))
+            return actor, ray.get(actor.get_metadata.remote())
+        return self.spares.take(node) if self.spares else None
+
+    def poll_status(self, *arguments: Any, **options: Any) -> WorkerGroupPollStatus:
+        """Has spare workers started, as long as all is well."""
+        status = super().poll_status(*arguments, **options)
+        if self.spares and not status.errors:
+            self.spares.look([worker.metadata.node_id for worker in self.get_workers()])
+        return status
 
 
 class LastingController(TrainController):
@@ -140,9 +160,9 @@ class LastingController(TrainController):
     def __init__(self) -> None:
         """There is no run yet."""
 
-    def begin(self, clean: Callable[[], bool] | None, **arguments: Any) -> None:
+    def begin(self, clean: Callable[[], bool] | None, spares: Spares | None, **arguments: Any) -> None:
         """Takes Ray's own arguments for the next run; its workers are kept with `clean`, see `StartedWorkerGroup`."""
-        self.clean = clean
+        self.clean, StartedWorkerGroup.spares = clean, spares
         super().__init__(**arguments)
 
 
@@ -158,7 +178,10 @@ class StartedController(LastingController):
         policy.follow(group.get_workers())
 
     def _shutdown_worker_group(self) -> None:
-        if self.clean and isinstance(getattr(self.get_state(), "next_state", None), FinishedState):
+        next_state = getattr(self.get_state(), "next_state", None)
+        if next_state and StartedWorkerGroup.spares:  # the run ends
+            StartedWorkerGroup.spares.end()
+        if self.clean and isinstance(next_state, FinishedState):
             group: Any = self.get_worker_group()
             group.keep(self.clean)
         super()._shutdown_worker_group()
@@ -185,6 +208,7 @@ class AbortableTorchTrainer(TorchTrainer):
     controller_class: type[LastingController] = StartedController
     controller: Any = None  # of this run; before it, one that an earlier run has left
     clean: Callable[[], bool] | None = None  # see `LastingController`
+    spares: Spares | None = None  # likewise
     aborted = False
     exchange: Exchange  # of its workers
 
@@ -216,12 +240,14 @@ class AbortableTorchTrainer(TorchTrainer):
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         arguments |= self.policies()
         if self.controller is None:
-            settings = {"env_vars": get_env_vars_to_propagate()}
+            settings = {
+                "env_vars": get_env_vars_to_propagate() | {TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S: f"{LEAVE_S}"}
+            }
             actor: Any = ray.remote(num_cpus=0, scheduling_strategy=self.controller_placement(), runtime_env=settings)
             self.controller = actor(self.controller_class).remote()
         if self.aborted:  # before there was one to end
             self.abort()
-        ray.get(self.controller.begin.remote(self.clean, **arguments))
+        ray.get(self.controller.begin.remote(self.clean, self.spares, **arguments))
         ray.get(self.controller.run.remote())
         return ray.get(self.controller.get_result.remote())
 

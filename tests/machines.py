@@ -6,6 +6,7 @@ package in it is what the machine was sent.
 """
 
 import ipaddress
+import json
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from conftest import wait_until
 REPOSITORY = Path(__file__).resolve().parents[1]
 NEEDED = ("unshare", "nsenter", "ip", "sshd", "ssh-keygen", "rsync", "mount")
 OWN = ("tmp", "run", "root", "home", "mnt")  # folders of which each machine has its own
+METADATA = "169.254.169.254"
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 
 # As in a fresh image: sshd lets root in by key, and a shell finds Python.
@@ -51,6 +53,7 @@ ip link set lo up
 ip link set eth0 address {mac} up
 ip address add {address}/15 dev eth0
 ip route add default dev eth0
+ip route add unreachable {metadata}  # or that of another machine would answer
 exec chroot $root bash -c '/usr/sbin/sshd -D -f /run/sshd_config & wait'
 """
 SSHD = """\
@@ -69,12 +72,13 @@ import time
 
 import boto3
 
+from ray_mnist.launch import pause
 from ray_mnist.models import SimpleModel
 
 
 class Held(SimpleModel):
-    def on_train_epoch_start(self) -> None:
-        while self.current_epoch == 1 and not {condition}:
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        while self.current_epoch == 1 and not ({condition}):
             time.sleep(1)
 """
 
@@ -176,6 +180,7 @@ class Machine:
             shared=self.network.shared if self.shared else "",
             name=self.name,
             address=self.address,
+            metadata=METADATA,
             mac="02:00:" + ":".join(f"{part:02x}" for part in ipaddress.ip_address(self.address).packed),
         )
         namespaces = ["--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child=KILL", "--mount-proc"]
@@ -215,6 +220,17 @@ class Machine:
         first = psutil.Process(self.process.pid).children()[0].pid
         # Not `unshare` itself: that is outside of the process namespace that it made.
         return ["nsenter", f"--target={first}", "--all", "--root", f"--wdns={self.home}"]
+
+    def metadata(self, pages: dict[str, str]) -> "subprocess.Popen[str]":
+        """A metadata server where clouds have it, with these pages by path; it ends as its stdin is closed."""
+        namespace = self.inside()[:2]
+        command = ["ip", "address", "add", f"{METADATA}/32", "dev", "lo"]
+        subprocess.run([*namespace, "--net", *command], check=True, timeout=600, env=os.environ | {"PATH": PATH})
+        server = [sys.executable, str(Path(__file__).with_name("metadata_server.py")), f"{METADATA}:80"]
+        process = subprocess.Popen([*namespace, "--net", *server], stdin=subprocess.PIPE, text=True)
+        assert process.stdin is not None
+        print(json.dumps(pages), file=process.stdin, flush=True)
+        return process
 
     def environment(self) -> dict[str, str]:
         """That of a fresh login."""

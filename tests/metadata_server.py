@@ -1,10 +1,28 @@
-"""A cloud's metadata server on loopback: AWS's, which wants tokens, and Google's, which wants its header."""
+"""A cloud's metadata server: AWS's, which wants tokens, and Google's, which wants its header.
 
+As a program it serves on its argument, `ADDRESS:PORT`, as long as it can read pages from stdin: lines of JSON, by path.
+"""
+
+import json
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+SPOT = "/latest/meta-data/spot/instance-action"
+
+
+def in_s(seconds: float) -> datetime:
+    """So many seconds from now."""
+    return datetime.now(UTC) + timedelta(seconds=seconds)
+
+
+def spot(seconds: float) -> str:
+    """What AWS has at SPOT when it takes the machine away in so many seconds."""
+    return json.dumps({"action": "terminate", "time": in_s(seconds).strftime("%Y-%m-%dT%H:%M:%SZ")})
 
 
 class Metadata:
@@ -18,8 +36,8 @@ class Metadata:
 
 
 @contextmanager
-def metadata_server() -> Iterator[Metadata]:
-    """Serves for the time of the `with`."""
+def metadata_server(host: str = "127.0.0.1", port: int = 0) -> Iterator[Metadata]:
+    """Serves for the time of the `with`, on any free port if none is said."""
     metadata = Metadata()
 
     class Handler(BaseHTTPRequestHandler):
@@ -50,11 +68,18 @@ def metadata_server() -> Iterator[Metadata]:
         def log_message(self, *_: Any) -> None:
             """Keeps quiet."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    metadata.host = f"127.0.0.1:{server.server_port}"
+    server = ThreadingHTTPServer((host, port), Handler)
+    metadata.host = f"{host}:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield metadata
     finally:
         server.shutdown()
         server.server_close()
+
+
+if __name__ == "__main__":
+    address, _, number = sys.argv[1].partition(":")
+    with metadata_server(address, int(number)) as served:
+        for line in sys.stdin:
+            served.pages |= json.loads(line)

@@ -6,6 +6,8 @@ machines have a GPU, by their instance type; there is none, so the training is o
 only on those machines.
 """
 
+import csv
+import io
 import json
 import os
 import shutil
@@ -18,8 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 from conftest import wait_until
 from machines import PATIENT, Laptop, Machine, Network, in_project, skip_unless_machines_can_be_made
+from metadata_server import SPOT, spot
+
+from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 
 FILE = "cluster/gpu.yaml"
 BUCKET = "ray-mnist-123456789012"
@@ -91,19 +97,29 @@ def cloud() -> Iterator[Cloud]:
 
 
 @pytest.mark.slow
-def test_up_train_lose_a_spot_machine_and_down(cloud: Cloud) -> None:
+def test_up_train_leave_a_spot_machine_on_its_notice_and_down(cloud: Cloud, gloo: None, tmp_path: Path) -> None:
     laptop = cloud.laptop = Laptop(cloud.network, "198.18.0.1")
     with (laptop.home_on_disk / ".bashrc").open("a") as file:
         file.writelines(f"export {name}={value}\n" for name, value in CREDENTIALS.items())
     caps = {"ray start": "ray start --object-store-memory=100000000", "    resources: {}": "    resources: {CPU: 1}"}
     laptop.edit(FILE, {"type: aws": "type: aws\n  use_internal_ips: true", **caps, **PATIENT})
 
-    laptop.hold_second_epoch(until=f'boto3.client("s3").list_objects_v2(Bucket="{BUCKET}", Prefix="go")["KeyCount"]')
+    laptop.hold_second_epoch(
+        until="pause.HERE[0].stop.is_set() or "
+        f'boto3.client("s3").list_objects_v2(Bucket="{BUCKET}", Prefix="go")["KeyCount"]'
+    )
     (laptop.project / "ray_mnist/held.py").rename(laptop.project / "held.py")  # which `ray up` does not copy
 
     def aws(call: str) -> Any:
         ask = f"import boto3, json, sys; json.dump(boto3.{call}, sys.stdout, default=str)"
         return json.loads(laptop.do(f"python -c '{ask}'"))
+
+    def wait_for(file: str) -> None:
+        patience = "WaiterConfig=dict(Delay=1, MaxAttempts=500)"
+        aws(f'client("s3").get_waiter("object_exists").wait(Bucket="{BUCKET}", Key="runs/run/{file}", {patience})')
+
+    def read(file: str) -> str:
+        return aws(f'client("s3").get_object(Bucket="{BUCKET}", Key="runs/run/{file}")["Body"].read().decode()')
 
     template = 'TemplateBody=open("cluster/aws-account.yaml").read(), Capabilities=["CAPABILITY_NAMED_IAM"]'
     aws(f'client("cloudformation").create_stack(StackName="ray-mnist", {template})')
@@ -114,16 +130,18 @@ def test_up_train_lose_a_spot_machine_and_down(cloud: Cloud) -> None:
     laptop.do(f"ray rsync-up {FILE} held.py /home/ubuntu/ray_mnist/held.py")
 
     train = "python -m ray_mnist.train --dataset digits --num-workers 3 --max-epochs 3 --name run --model held.Held"
-    run = laptop.start(in_project(f"ray exec {FILE} '{train}'"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = in_project(f"ray exec {FILE} '{train} --max-failures 0'")
+    run = laptop.start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        first_epoch = f'Bucket="{BUCKET}", Key="runs/run/metrics.csv", WaiterConfig=dict(Delay=1, MaxAttempts=500)'
-        aws(f'client("s3").get_waiter("object_exists").wait({first_epoch})')
+        wait_for("metrics.csv")
         described = aws('client("ec2").describe_instances()')["Reservations"]
         instances = [instance for page in described for instance in page["Instances"]]
         workers = [instance for instance in instances if instance["InstanceType"] == "g6.xlarge"]
         assert [worker.get("InstanceLifecycle") for worker in workers] == ["spot", "spot"]
         assert {instance["MetadataOptions"]["HttpTokens"] for instance in instances} == {"required"}
         lost = workers[0]["InstanceId"]
+        with cloud.machines[lost].metadata({SPOT: spot(900)}):
+            wait_for("workers.jsonl")
         aws(f'client("ec2").terminate_instances(InstanceIds=["{lost}"])')
         wait_until(lambda: lost not in cloud.machines, 600, "the machine to go")
         aws(f'client("s3").put_object(Bucket="{BUCKET}", Key="go")')
@@ -132,9 +150,18 @@ def test_up_train_lose_a_spot_machine_and_down(cloud: Cloud) -> None:
         run.kill()
     assert run.returncode == 0, said
     assert f"run folder s3://{BUCKET}/runs/run" in said
-    result = aws(f'client("s3").get_object(Bucket="{BUCKET}", Key="runs/run/result.json")["Body"].read().decode()')
-    assert json.loads(result)["restarts"] == 1
-    assert json.loads(result)["epochs"] == 3
+    why = f"{lost} will be taken away"
+    assert f"workers: 3 start: {why}" in said
+    assert [json.loads(line) for line in read("workers.jsonl").splitlines()] == [{"before": 3, "after": 3, "why": why}]
+    assert json.loads(read("result.json"))["restarts"] == 0
+    pl.seed_everything(0, verbose=False)
+    whole = Trainer(num_workers=3, max_epochs=3, storage_path=str(tmp_path))
+    whole.fit(SimpleModel(), MNISTDataModule("digits"))
+    losses = "step", "train_loss", "val_loss"
+    rows = [*csv.DictReader(io.StringIO(read("metrics.csv")))]
+    assert [[float(row[name]) for name in losses] for row in rows] == [
+        [row[name] for name in losses] for row in whole.result.history
+    ]
     # Ray's autoscaler may ask for all workers' room anew before that of the lost group is free: up to the file's most.
     assert 3 <= len(cloud.machines) <= 5
     assert lost not in cloud.machines

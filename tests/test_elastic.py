@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 import pytorch_lightning as pl
 import ray
 from conftest import wait_until
-from metadata_server import metadata_server
+from metadata_server import SPOT, metadata_server, spot
 from ray.cluster_utils import Cluster as LocalCluster
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
@@ -170,8 +169,7 @@ def test_a_run_leaves_a_machine_that_will_be_taken_away_without_losing_a_step(
     wait_until(lambda: gate.last(2) == 5, 600, "two workers")
     node = gate.steps[-1][2]
     with metadata_server() as metadata:
-        when = (datetime.now(UTC) + timedelta(seconds=900)).isoformat()
-        metadata.pages["/latest/meta-data/spot/instance-action"] = json.dumps({"action": "terminate", "time": when})
+        metadata.pages[SPOT] = spot(900)
         environment = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{metadata.host}", "RAY_ADDRESS": nodes.address}
         agent = [sys.executable, "-m", "ray_mnist.notices", "aws", "--node-id", node]
         subprocess.run(agent, env=os.environ | environment, timeout=600, check=True)

@@ -118,6 +118,8 @@ def test_ray_still_calls_what_is_overridden() -> None:
         assert hasattr(ray_train_internals.global_worker, name), f"Ray moved global_worker.{name}"
     held = {field.name for field in dataclasses.fields(ray_train_internals.WorkerGroupState)}
     assert {"workers", "sync_actor", "placement_group_handle"} <= held
+    for name in ("poll_status", "get_workers"):
+        assert hasattr(ray_train_internals.WorkerGroup, name), f"Ray moved WorkerGroup.{name}"
     for name in ("execute", "get_metadata", "shutdown"):
         assert hasattr(RayTrainWorker, name), f"Ray moved RayTrainWorker.{name}"
     waiting = GetClusterStatusReply().cluster_resource_state

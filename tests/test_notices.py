@@ -5,19 +5,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from metadata_server import Metadata, metadata_server
+from metadata_server import SPOT, Metadata, in_s, metadata_server, spot
 
 from ray_mnist import notices
 from ray_mnist.notices import AWS, Notice, drain, gcp, watch
 
-SPOT = "/latest/meta-data/spot/instance-action"
 EVENTS = "/latest/meta-data/events/maintenance/scheduled"
 GOOGLE = "/computeMetadata/v1/instance"
 
@@ -30,14 +28,6 @@ def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[Metadata]:
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # the machine's own server is behind none
         monkeypatch.delenv("no_proxy", raising=False)
         yield metadata
-
-
-def in_s(seconds: float) -> datetime:
-    return datetime.now(UTC) + timedelta(seconds=seconds)
-
-
-def spot(seconds: float) -> str:
-    return json.dumps({"action": "terminate", "time": in_s(seconds).strftime("%Y-%m-%dT%H:%M:%SZ")})
 
 
 def event(seconds: float, state: str = "active") -> str:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from ray_state import process_of
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.errors import RequestError, TrainingError
+from ray_mnist.launch import ray as on_ray
+from ray_mnist.launch.ahead import import_worker
 from ray_mnist.launch.keeping import KEEPER
 from ray_mnist.ray_train_internals import StartedController
 from ray_mnist.run.folder import CHECKPOINT, RunFolder
@@ -112,24 +115,44 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_workers(
 
 
 class DieOnce(pl.Callback):
-    """Kills the worker of `rank` after `step` optimizer steps, the first time it gets there."""
+    """Kills the worker of `rank` after `step` optimizer steps, the first time it gets there and there are `spares`."""
 
-    def __init__(self, marker: Path, rank: int, step: int) -> None:
-        self.marker, self.rank, self.step = marker, rank, step
+    def __init__(self, marker: Path, rank: int, step: int, spares: int = 0) -> None:
+        self.marker, self.rank, self.step, self.spares = marker, rank, step, spares
+
+    def processes(self, what: str) -> set[int]:
+        """Those that have left a note in the marker's folder."""
+        return {int(file.suffix[1:]) for file in self.marker.parent.glob(f"{what}.*")}
+
+    def on_train_end(self, *_: Any) -> None:
+        self.marker.with_name(f"trained.{os.getpid()}").touch()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == self.step:
             print(f"rank {trainer.global_rank} is at step {self.step}")
         if trainer.global_rank == self.rank and trainer.global_step == self.step and not self.marker.exists():
+            wait_until(lambda: len(self.processes("spare")) == self.spares, 600, "the spare workers")
             self.marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def prepare(folder: Path, package: str) -> None:
+    """What a spare worker does, with a note of it, and not only while there is nothing else to do."""
+    import_worker(package)
+    (folder / f"spare.{os.getpid()}").touch()
+
+
 @pytest.mark.usefixtures("cluster")
-def test_a_killed_worker_costs_no_sample(two_workers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    killer = DieOnce(tmp_path / "killed", rank=0, step=STEPS_PER_EPOCH + 8)
+def test_a_killed_worker_costs_no_sample_and_spare_ones_go_on(
+    two_workers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_ray, "AFTER_S", 0)
+    monkeypatch.setattr(on_ray, "import_worker_when_idle", partial(prepare, tmp_path))
+    killer = DieOnce(tmp_path / "killed", rank=0, step=STEPS_PER_EPOCH + 8, spares=2)
     trainer = fit(tmp_path, "run", 2, callbacks=[killer], checkpoint_every_n_steps=5, max_failures=1)
     assert killer.marker.exists()
+    assert len(killer.processes("trained")) == 2
+    assert killer.processes("trained") <= killer.processes("spare")
     assert trainer.result.values["restarts"] == 1
     shown = capsys.readouterr().out
     assert "; starting again, once all workers have room (waiting up to 600 s)" in shown

@@ -4,6 +4,8 @@ It imports neither torch nor Lightning, which takes seconds, so that a command c
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -57,3 +59,22 @@ def enough_cpus(config: RunConfig, cpus: int = 0) -> int:
 def import_worker(package: str) -> None:
     """Imports what a worker runs, torch and Lightning with it, of which `package` is the one in use."""
     import_heavy(package, "ray_mnist.worker")
+
+
+def import_worker_when_idle(package: str) -> None:
+    """The same, beside a training: only while a core has nothing else to do, where the system (Linux) can do that.
+
+    Raises:
+        MemoryError: more than half of the memory is in use, of which the training may need more.
+    """
+
+    def run() -> None:
+        if ray_internals.memory_used() > 0.5:
+            raise MemoryError
+        with suppress(AttributeError, OSError):
+            # Of this thread, not of the process: to leave it again takes privileges.
+            os.sched_setscheduler(0, os.SCHED_IDLE | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+        import_worker(package)
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(run).result()

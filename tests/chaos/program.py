@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ray_mnist import Trainer
+from ray_mnist.launch import ray as on_ray
 from ray_mnist.run.folder import RunFolder
 
 EPOCHS, BATCH, EVERY, DROPOUT = 2, 64, 4, 0.2
@@ -166,5 +167,6 @@ def train(
 
 
 if __name__ == "__main__":
+    on_ray.AFTER_S = 0  # of the spare workers
     arguments = json.loads(sys.argv[1])
     train(Path(arguments.pop("folder")), **arguments)
