@@ -39,6 +39,8 @@ def connect(config: RunConfig, job: "Job", cpus: int = 0, keep_s: float = 0) -> 
     if not ray.is_initialized() and start_or_join(config, job, cpus):
         keep_s = 0
     try:
+        if config.dashboard:
+            console.say(f"Ray's dashboard http://{dashboard()}")
         yield
     except BaseException:
         KEEPER.give_back()
@@ -65,6 +67,22 @@ def start_or_join(config: RunConfig, job: "Job", cpus: int) -> bool:
         raise RequestError(f"{where}: {one_line(error)}") from error
     KEEPER.own_ray(config, math.inf if address else ahead.enough_cpus(config, cpus))
     return copied
+
+
+def dashboard() -> str:
+    """Where the dashboard of the Ray is that this process is connected to: host:port, as seen from its head.
+
+    Raises:
+        RequestError: it has none.
+    """
+    context: Any = ray.init(ignore_reinit_error=True, **ahead.QUIET)
+    about = context.address_info
+    if not about["webui_url"]:
+        raise RequestError(
+            f"--dashboard: the Ray at {about['address']} was started without its dashboard, drop --dashboard or start "
+            "Ray with it."
+        )
+    return str(about["webui_url"])
 
 
 def start_if_local(config: RunConfig) -> None:
