@@ -20,9 +20,9 @@ METRICS = {
 
 
 class RunMetrics:
-    """The metrics of one fit, tagged with `run`, its name; they end with this process.
+    """The metrics of one fit, tagged with `run`, its name; Ray drops each some twenty seconds after it was set last.
 
-    All are gauges: Ray exports a counter only once it is not 0, and then for as long as the node lives.
+    All are gauges: a counter Ray exports only once it is not 0, and then for as long as the node lives.
     """
 
     def __init__(self, run: str) -> None:
