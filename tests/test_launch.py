@@ -54,6 +54,7 @@ def test_a_worker_reserves_its_cpus(
     on_ray.launch(job, config, print, FakeTrainer)  # type: ignore[arg-type]
     assert given["scaling_config"].resources_per_worker == expected
     assert given["train_loop_config"]["threads"] == expected["CPU"]
+    assert len(str(given["train_loop_config"]["job"])) < 100  # what Ray's dashboard has of it
     assert bundles(2, on_ray.bundle(config))[1:] == [expected, expected]
 
 

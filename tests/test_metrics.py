@@ -24,7 +24,7 @@ from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
 from ray_mnist.config import RunConfig
 from ray_mnist.distributed import loaders
 from ray_mnist.distributed.loaders import ResumableLoader, seconds_waited
-from ray_mnist.launch import metrics
+from ray_mnist.launch import connection, metrics
 from ray_mnist.launch.metrics import METRICS, RunMetrics
 from ray_mnist.launch.ray import ray_train_settings
 from ray_mnist.run.events import EpochEnded, Progress, WorkersFailed
@@ -137,7 +137,7 @@ def scraped(dashboard: str) -> dict[str, float]:
     return found
 
 
-def on_train_page(dashboard: str) -> list[tuple[str, str, list[tuple[str, int]]]]:
+def train_runs(dashboard: str) -> list[tuple[str, str, list[tuple[str, int]]]]:
     """Name and status of each run, and of each of its attempts the status and the number of workers."""
     return [
         (run["name"], run["status"], [(each["status"], len(each["workers"])) for each in run["attempts"]])
@@ -146,7 +146,7 @@ def on_train_page(dashboard: str) -> list[tuple[str, str, list[tuple[str, int]]]
 
 
 @pytest.mark.slow
-def test_a_local_run_is_on_rays_dashboard_and_its_metrics_are_where_prometheus_looks(tmp_path: Path) -> None:
+def test_rays_dashboard_knows_a_local_run_and_its_metrics_are_where_prometheus_looks(tmp_path: Path) -> None:
     options = ["--num-workers", "2", "--dashboard", "--dataset", "digits", "--max-epochs", "100000", "--name", "run"]
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.Popen(
@@ -176,7 +176,7 @@ def test_a_local_run_is_on_rays_dashboard_and_its_metrics_are_where_prometheus_l
         assert 0 < found["ray_mnist_data_wait_seconds"] < found["ray_mnist_step_seconds"]
         assert found["ray_mnist_samples_per_second"] > 0
         assert 0 < found["ray_mnist_loss"] < 10
-        assert on_train_page(dashboard) == [("run", "RUNNING", [("ERRORED", 2), ("RUNNING", 2)])]
+        assert train_runs(dashboard) == [("run", "RUNNING", [("ERRORED", 2), ("RUNNING", 2)])]
         run.terminate()
         assert run.wait(600) == 143
     finally:
@@ -205,6 +205,18 @@ def test_a_cluster_without_a_dashboard_is_named(tmp_path: Path, ray_cluster: str
     with pytest.raises(RequestError, match=f"^--dashboard: the Ray at {ray_cluster} was started without its dashboard"):
         trainer.fit(SimpleModel(), MNISTDataModule("digits"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dashboard_that_does_not_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: Any) -> None:
+        raise Exception("no port is free")  # as Ray does
+
+    monkeypatch.setattr("ray.init", fail)
+    config = RunConfig(num_workers=2, dashboard=True)
+    monkeypatch.setattr(connection, "address_to_join", lambda _: None)
+    connection.start_if_local(config)
+    with pytest.raises(RequestError, match=r"^Ray cannot be started here: no port is free$"):
+        connection.start_or_join(config, None, 0)  # type: ignore[arg-type]
 
 
 def test_ray_train_is_tracked_only_for_the_dashboard() -> None:

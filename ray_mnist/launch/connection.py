@@ -62,7 +62,9 @@ def start_or_join(config: RunConfig, job: "Job", cpus: int) -> bool:
                     ray.init(address=address, runtime_env=folder_to_send(config), **ahead.QUIET)
         else:
             ahead.start_ray(config, cpus)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except RequestError:
+        raise
+    except Exception as error:  # of no class of its own where the dashboard does not start
         where = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
         raise RequestError(f"{where}: {one_line(error)}") from error
     KEEPER.own_ray(config, math.inf if address else ahead.enough_cpus(config, cpus))
@@ -90,7 +92,7 @@ def start_if_local(config: RunConfig) -> None:
 
     What is wrong with Ray or its address `connect` says, after what is wrong with the rest.
     """
-    with console.quiet(), suppress(RequestError, ConnectionError, RuntimeError, ValueError):
+    with console.quiet(), suppress(Exception):
         if address_to_join(config.address) is None:
             ahead.start_ray(config)
 

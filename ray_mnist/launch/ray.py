@@ -192,7 +192,7 @@ def launch(
         on_sigterm(send.mailbox.stop.remote) if job.task == "fit" else nullcontext(),
     ):
         settings = {
-            "job": BytesIO(cloudpickle.dumps(job)),  # of plain bytes Ray's dashboard would show all
+            "job": BytesIO(cloudpickle.dumps(job)),  # of plain bytes Ray's dashboard would have all, as text
             "use_gpu": config.use_gpu,
             "threads": config.cpus_per_worker or 1,
             "folder": this_folder(),
@@ -266,7 +266,7 @@ def least(config: RunConfig) -> int | None:
 def ray_train_settings(config: RunConfig) -> dict[str, str]:
     """Environment variables that Ray Train reads when the run starts."""
     wait_less = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(PLACE_S)}  # how many have room may change at any time
-    shown = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}  # on the dashboard's page of Train
+    shown = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}  # what Ray's dashboard is asked for at /api/train
     return RAY_TRAIN_SETTINGS | (wait_less if config.elastic else {}) | (shown if config.dashboard else {})
 
 
