@@ -9,7 +9,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ray_mnist.callbacks import loss_of
-from ray_mnist.distributed.loaders import samples_seen
+from ray_mnist.distributed.loaders import samples_seen, seconds_waited
 from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.run.events import Progress, Tell
 from ray_mnist.run.folder import step_of
@@ -43,7 +43,8 @@ class ProgressReporter(Callback):
         self.tell, self.weighting, self.uploads, self.clock = tell, weighting, uploads, clock
         self.due = -math.inf
         self.phase: tuple[str, int, int] | None = None
-        self.recent: deque[tuple[float, int, int]] = deque(maxlen=RECENT)  # time, batches and samples of the phase
+        # Time, batches and samples of the phase, and seconds waited for them.
+        self.recent: deque[tuple[float, int, int, float]] = deque(maxlen=RECENT)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -76,16 +77,17 @@ class ProgressReporter(Callback):
         now, batch = self.clock(), batch_idx + 1
         # Of a batch, this rank's shard is this part.
         part = (self.weighting.weight if trainer.training else 1.0) / trainer.world_size
-        samples = samples_seen(getattr(trainer, loaders))
+        samples, waited = samples_seen(getattr(trainer, loaders)), seconds_waited(getattr(trainer, loaders))
         newest = self.uploads.newest if self.uploads else None
         self.due = now + EVERY_S
         phase = word, trainer.current_epoch, loader
         if phase != self.phase or batch <= self.recent[-1][1]:  # which is validated several times in an epoch
             self.phase = phase
             self.recent.clear()
-        self.recent.append((now, batch, samples))
-        then, first, samples_then = self.recent[0]
+        self.recent.append((now, batch, samples, waited))
+        then, first, samples_then, waited_then = self.recent[0]
         seconds, known = now - then, batches != math.inf
+        step_seconds = seconds / (batch - first) if seconds else None
         self.tell(
             Progress(
                 phase=word,
@@ -93,9 +95,12 @@ class ProgressReporter(Callback):
                 batch=batch,
                 batches=int(batches) if known else None,
                 samples_per_second=(samples - samples_then) / part / seconds if seconds and part else None,
-                seconds_left=(batches - batch) * seconds / (batch - first) if seconds and known else None,
+                seconds_left=(batches - batch) * step_seconds if step_seconds and known else None,
                 loss=loss,
                 workers=trainer.world_size,
                 checkpoint=step_of(newest) if newest else None,
+                step=trainer.global_step,
+                step_seconds=step_seconds,
+                data_wait_seconds=(waited - waited_then) / (batch - first) if seconds else None,
             )
         )

@@ -123,7 +123,7 @@ class Trainer:
             console.say(f"{report.dataset_name(data, model)} · {report.describe_model(model)} · {where}")
             console.say(f"run folder {folder}")
             try:
-                with console.Display(self.lightning["max_epochs"], read_metrics(folder)) as show:
+                with self._display(max_epochs=self.lightning["max_epochs"], known=read_metrics(folder)) as show:
                     outcome: Outcome = launch(show)
                     for row in outcome.history:
                         show(EpochEnded(row))  # where the news of it was lost
@@ -296,6 +296,10 @@ class Trainer:
             **more,
         )
 
+    def _display(self, **of_run: Any) -> console.Display:
+        """What shows the run; how far it is only where nobody said whether Lightning is to do that."""
+        return console.Display(**of_run, progress=self.lightning.get("enable_progress_bar") is None)
+
     @property
     def _elsewhere(self) -> bool:
         """Whether the model that trains is a copy, in another process."""
@@ -345,7 +349,7 @@ class Trainer:
             with (
                 console.quiet(),
                 prepare(job, self.config, self.keep_workers) as (_, launch),
-                console.Display() as show,
+                self._display() as show,
             ):
                 evaluation: Evaluation = launch(show)
         finally:

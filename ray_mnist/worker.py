@@ -220,7 +220,7 @@ def make_trainer(
 ) -> pl.Trainer:
     """Lightning's Trainer for this worker, with the user's arguments and what a run on several needs beyond them.
 
-    It tells how far it is, with the newest checkpoint of `uploads`, unless the user said whether Lightning is to.
+    It tells how far it is, with the newest checkpoint of `uploads`.
     """
     arguments = quiet() | job.lightning
     presharded = not arguments.pop("use_distributed_sampler", True)
@@ -240,7 +240,7 @@ def make_trainer(
     weighting = LossWeighting()
     extend(trainer.strategy, WeighsLosses, weighting=weighting)
     spare_each_step(trainer)
-    if trainer.is_global_zero and job.lightning.get("enable_progress_bar") is None:
+    if trainer.is_global_zero:
         # Before the user's, which may take long.
         trainer.callbacks.insert(0, ProgressReporter(context.tell, weighting, uploads))
     if trainer.world_size > 1:

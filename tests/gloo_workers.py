@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from multiprocessing import connection, get_context, parent_process, set_start_method
 from multiprocessing.connection import Connection
 from typing import Any
@@ -54,7 +55,7 @@ def on_gloo(job: Job, config: RunConfig, _: float) -> Iterator[tuple[str, Any]]:
 def run(job: Job, config: RunConfig, tell: Tell, stop: Any) -> Outcome | Evaluation:
     """Does the job, without second tries; errors are those of `launch.ray.launch`."""
     num_workers, threads = config.num_workers, config.cpus_per_worker or 1
-    settings = {"job": cloudpickle.dumps(job), "use_gpu": False, "threads": threads, "folder": this_folder()}
+    settings = {"job": BytesIO(cloudpickle.dumps(job)), "use_gpu": False, "threads": threads, "folder": this_folder()}
     settings["keep"] = False
     packed = cloudpickle.dumps(settings | {"root_logger": root_logger()})
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -32,7 +32,7 @@ def send_ten(send: channel.Send, first: int) -> None:
 def test_all_that_workers_told_has_arrived_in_its_order_when_the_run_returns() -> None:
     told: list[Event] = []
     stop = threading.Event()
-    with over_ray(told.append) as send:
+    with over_ray(told.append, "run") as send:
         send.call_on_stop(stop.set)
         ray.get([send_ten.remote(send, first) for first in (0, 100)])
         assert not stop.is_set()
@@ -53,7 +53,7 @@ def test_a_queue_that_died_or_is_full_harms_nobody(monkeypatch: pytest.MonkeyPat
         assert go_on.wait(240)
         told.append(event)
 
-    with over_ray(tell) as send:
+    with over_ray(tell, "run") as send:
         send([news(0)])
         assert begun.wait(240)
         for number in range(1, 10):  # more than there is room for, as long as nobody takes them
@@ -66,10 +66,10 @@ def test_a_queue_that_died_or_is_full_harms_nobody(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_driver_that_is_late_is_told_everything_but_how_far_the_run_is() -> None:
-    progress = Progress("training", 1, 1, None, None, None, None, 1, None)
+    progress = Progress("training", 1, 1, None, None, None, None, 1, None, 0, None, None)
 
     async def told() -> list[list[Event]]:
-        mailbox = channel.Mailbox(1000)
+        mailbox = channel.Mailbox(1000, "run")
         for _ in range(20):
             await mailbox.put([progress])
             await mailbox.put([progress, news(1)])

@@ -176,7 +176,9 @@ def test_seconds_that_cannot_be(seconds: Any) -> None:
         Trainer(num_workers=2, keep_workers=seconds)
 
 
-@pytest.mark.parametrize("options", [{"num_workers": 3}, {"use_gpu": True}, {"cpus_per_worker": 2}, {"address": "a:1"}])
+@pytest.mark.parametrize(
+    "options", [{"num_workers": 3}, {"use_gpu": True}, {"cpus_per_worker": 2}, {"address": "a:1"}, {"dashboard": True}]
+)
 def test_other_options_need_other_workers(options: dict[str, Any]) -> None:
     assert needs(RunConfig(num_workers=2)) != needs(RunConfig(**{"num_workers": 2} | options))
     assert needs(RunConfig(num_workers=2)) == needs(RunConfig(num_workers=2, max_epochs=3, seed=4, name="run"))

@@ -49,11 +49,12 @@ def test_a_worker_reserves_its_cpus(
         def abort(self) -> None:
             """Never called: nobody interrupts."""
 
-    monkeypatch.setattr(on_ray, "over_ray", lambda _: nullcontext(Sender(MagicMock())))
+    monkeypatch.setattr(on_ray, "over_ray", lambda *_: nullcontext(Sender(MagicMock())))
     config = on_ray.with_cpus(RunConfig(num_workers=2, **options), Cluster("h:1", NODES))
     on_ray.launch(job, config, print, FakeTrainer)  # type: ignore[arg-type]
     assert given["scaling_config"].resources_per_worker == expected
     assert given["train_loop_config"]["threads"] == expected["CPU"]
+    assert len(str(given["train_loop_config"]["job"])) < 100  # what Ray's dashboard has of it
     assert bundles(2, on_ray.bundle(config))[1:] == [expected, expected]
 
 

@@ -51,20 +51,25 @@ def test_a_batch_is_told_of_twice_a_second_at_most_and_its_loss_read_only_then()
     loader = ResumableLoader([], 0, lambda: (0, 0))
     stage = SimpleNamespace(stage="train")
     trainer: Any = SimpleNamespace(world_size=3, current_epoch=1, training=True, num_training_batches=1000, state=stage)
+    trainer.global_step = 7
     trainer.train_dataloader = loader
     loss = torch.tensor(0.25).as_subclass(CountsReads)
     for batch in range(240):  # in 30 s
         now += 0.125
         loader.samples += 4
+        loader.waited += 0.03125
         reporter.on_train_batch_end(trainer, model, {"loss": loss}, None, batch)
     times = [at for at, _ in told]
     assert min(after - before for before, after in pairwise(times)) >= 0.5
     assert len(told) == 60
     assert CountsReads.reads == 60
     first, last = told[0][1], told[-1][1]
-    assert first == Progress("training", 2, 1, 1000, None, None, 0.25, 3, None)  # rates are known with the second
+    assert first == Progress(
+        "training", 2, 1, 1000, None, None, 0.25, 3, None, 7, None, None
+    )  # rates come with the second
     assert last.samples_per_second == pytest.approx(80)
     assert last.seconds_left == pytest.approx((1000 - last.batch) / 8)
+    assert (last.step_seconds, last.data_wait_seconds) == (0.125, 0.03125)
 
 
 def test_each_validation_in_an_epoch_has_rates_of_its_own() -> None:
@@ -73,6 +78,7 @@ def test_each_validation_in_an_epoch_has_rates_of_its_own() -> None:
     reporter = ProgressReporter(told.append, LossWeighting(), clock=lambda: now)
     stage = SimpleNamespace(stage="validate")
     trainer: Any = SimpleNamespace(world_size=1, current_epoch=0, state=stage, training=False, sanity_checking=False)
+    trainer.global_step = 0
     vars(trainer).update(validating=True, predicting=False, num_val_batches=[2], val_dataloaders=[])
     for batch in (0, 1, 0, 1):  # with no news of the training between them
         now += 1
@@ -162,11 +168,15 @@ def test_of_a_stream_the_end_is_not_known_and_a_skipped_step_has_no_loss(told: l
     ]
 
 
-@pytest.mark.parametrize("bar", [True, False])
-def test_who_says_whether_lightning_is_to_show_a_bar_gets_no_line(bar: bool, told: list[Event], tmp_path: Path) -> None:
+@pytest.mark.parametrize("bar", [None, True, False])
+def test_who_says_whether_lightning_is_to_show_a_bar_gets_no_line(
+    bar: bool | None, told: list[Event], capsys: pytest.CaptureFixture[str], monkeypatch: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(console, "PLAIN_EVERY_S", 0)
     trainer = Trainer(max_epochs=1, storage_path=str(tmp_path), callbacks=[TellsAll()], enable_progress_bar=bar)
     trainer.fit(SimpleModel(), MNISTDataModule("digits"))
-    assert [type(event) for event in told] == [EpochEnded] * 2  # and once more, where the first was lost
+    assert {"training", "validation", "test"} == batches_of(told).keys()  # which metrics are made of
+    assert ("  batch 2/" in capsys.readouterr().out) == (bar is None)
 
 
 # What a person sees
@@ -180,7 +190,7 @@ PARTS = [
     "4 workers",
     "checkpoint 250",
 ]
-TRAINING = Progress("training", 3, 120, 375, 41203.4, 12.3, 0.21038, 4, 250)
+TRAINING = Progress("training", 3, 120, 375, 41203.4, 12.3, 0.21038, 4, 250, 870, 0.05, 0.01)
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 
 
@@ -188,9 +198,13 @@ HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
     ("progress", "max_epochs", "parts"),
     [
         (TRAINING, 10, PARTS),
-        (Progress("training", 3, 120, None, None, None, None, 1, None), -1, ["epoch 3", "batch 120"]),
-        (Progress("validation", 3, 12, 40, None, None, None, 1, None), 10, ["epoch 3/10", "validation 12/40"]),
-        (Progress("test", 11, 12, 40, None, 3700.0, None, 1, None), 10, ["test 12/40", "1:01:40 left"]),
+        (Progress("training", 3, 120, None, None, None, None, 1, None, 0, None, None), -1, ["epoch 3", "batch 120"]),
+        (
+            Progress("validation", 3, 12, 40, None, None, None, 1, None, 0, None, None),
+            10,
+            ["epoch 3/10", "validation 12/40"],
+        ),
+        (Progress("test", 11, 12, 40, None, 3700.0, None, 1, None, 0, None, None), 10, ["test 12/40", "1:01:40 left"]),
     ],
 )
 def test_what_is_known_is_shown(progress: Progress, max_epochs: int, parts: list[str]) -> None:

@@ -24,6 +24,7 @@ from conftest import wait_until
 from ray.train.torch import TorchTrainer
 from ray.tune.search.sample import Categorical
 from ray.tune.stopper import timeout
+from ray.util.metrics import Gauge
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray_state import placement_groups
@@ -32,6 +33,7 @@ from ray_mnist import MNISTDataModule, RequestError, SimpleModel, TrainingError,
 from ray_mnist.cli.lightning_arguments import for_lightning
 from ray_mnist.config import RunConfig
 from ray_mnist.data import sources
+from ray_mnist.launch import metrics
 from ray_mnist.launch.connection import this_folder
 from ray_mnist.ray_train_internals import TrialTorchTrainer
 from ray_mnist.run.folder import RunFolder
@@ -199,6 +201,13 @@ def test_a_trial_waits_for_its_epochs_without_a_look_at_the_storage(
         return read(folder, file)
 
     monkeypatch.setattr(RunFolder, "read", count)
+    exported = set[tuple[str, str]]()
+
+    class Recorded(Gauge):
+        def set(self, value: Any, tags: Any = None) -> None:
+            exported.add((self.info["name"], self.info["default_tags"]["run"]))
+
+    monkeypatch.setattr(metrics, "Gauge", Recorded)
 
     class Planned(Trial):
         def setup(self, config: dict[str, Any]) -> None:  # type: ignore[override]
@@ -211,6 +220,7 @@ def test_a_trial_waits_for_its_epochs_without_a_look_at_the_storage(
     assert [result["val_loss"] for result in told[:3]] == [
         row["val_loss"] for row in read_metrics(RunFolder(str(tmp_path), trial.trial_id))
     ]
+    assert ("mnist_loss", trial.trial_id) in exported
     assert looks == ["metrics.csv"] * 2  # for what an earlier start of the trial had told, and the line above
 
 

@@ -80,16 +80,21 @@ class Display:
     Args:
         max_epochs: of the run.
         known: the rows of the epochs that a run before this one has shown.
+        progress: whether to show how far it is.
         clock: in seconds.
     """
 
     def __init__(
-        self, max_epochs: int = -1, known: Sequence[Row] = (), clock: Callable[[], float] = time.monotonic
+        self,
+        max_epochs: int = -1,
+        known: Sequence[Row] = (),
+        progress: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_epochs, self.shown = max_epochs, max((row["epoch"] for row in known), default=0)
         self.logs: dict[int, str] = {}  # of each rank
-        self.line = live_line(console)
-        self.clock = clock
+        self.line = live_line(console) if progress else None
+        self.progress, self.clock = progress, clock
         self.said_at: float | None = None  # when a line last said how far it is, or there was something to say first
 
     def __enter__(self) -> Self:
@@ -108,7 +113,7 @@ class Display:
                     self.shown = row["epoch"]
                     self.said_at = self.clock()
                     say(epoch_line(row, self.max_epochs))
-                case Progress():
+                case Progress() if self.progress:
                     self._show_progress(progress_parts(event, self.max_epochs))
                 case Printed(text, stream):
                     # Above the line on a terminal there can be whole lines only.

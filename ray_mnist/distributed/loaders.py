@@ -1,6 +1,7 @@
 """The loaders that Lightning trains and evaluates with: the user's, sharded among the workers."""
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, count, islice
@@ -69,6 +70,7 @@ class ResumableLoader:
         self.start = 0  # the batch that the next time through begins with
         self.ended = False
         self.samples = 0  # handed out so far; of an evaluation, those of this one
+        self.waited = 0.0  # seconds for the user's loader
         self.repeated = 0  # batches of a prediction that do not count
         self.batch = 0  # the next one's number in the epoch
         self.weights: dict[int, float] = {}  # of the epoch's batches not yet trained on, by their numbers
@@ -104,7 +106,9 @@ class ResumableLoader:
         for number in count(first):
             if not self.seeds_itself:
                 seed_generators(self.draws, *self.epoch_pass, number)
+            began = time.perf_counter()
             found = next(batches, None)
+            self.waited += time.perf_counter() - began
             if found is None:
                 break
             if number < self.start:
@@ -325,3 +329,8 @@ def resumable_loaders(loaders: Any) -> list[ResumableLoader]:
 def samples_seen(loaders: Any) -> int:
     """How many samples this rank has had of them: in the training so far, or in this evaluation."""
     return sum(loader.samples for loader in resumable_loaders(loaders))
+
+
+def seconds_waited(loaders: Any) -> float:
+    """How long this rank has waited for batches of them so far."""
+    return sum(loader.waited for loader in resumable_loaders(loaders))

@@ -41,7 +41,7 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     settings = {name: os.environ.get(name, value) for name, value in RAY_TRAIN_SETTINGS.items()}
-    options: dict[str, Any] = {"num_cpus": enough_cpus(config, cpus), "include_dashboard": False}
+    options: dict[str, Any] = {"num_cpus": enough_cpus(config, cpus), "include_dashboard": config.dashboard}
     options["runtime_env"] = {"env_vars": settings}
     ray.init(address="local", **options, **QUIET)
     if not cpus and not config.use_gpu:

@@ -39,6 +39,8 @@ def connect(config: RunConfig, job: "Job", cpus: int = 0, keep_s: float = 0) -> 
     if not ray.is_initialized() and start_or_join(config, job, cpus):
         keep_s = 0
     try:
+        if config.dashboard:
+            console.say(f"Ray's dashboard http://{dashboard()}")
         yield
     except BaseException:
         KEEPER.give_back()
@@ -60,11 +62,29 @@ def start_or_join(config: RunConfig, job: "Job", cpus: int) -> bool:
                     ray.init(address=address, runtime_env=folder_to_send(config), **ahead.QUIET)
         else:
             ahead.start_ray(config, cpus)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except RequestError:
+        raise
+    except Exception as error:  # of no class of its own where the dashboard does not start
         where = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
         raise RequestError(f"{where}: {one_line(error)}") from error
     KEEPER.own_ray(config, math.inf if address else ahead.enough_cpus(config, cpus))
     return copied
+
+
+def dashboard() -> str:
+    """Where the dashboard of the Ray is that this process is connected to: host:port, as seen from its head.
+
+    Raises:
+        RequestError: it has none.
+    """
+    context: Any = ray.init(ignore_reinit_error=True, **ahead.QUIET)
+    about = context.address_info
+    if not about["webui_url"]:
+        raise RequestError(
+            f"--dashboard: the Ray at {about['address']} was started without its dashboard, drop --dashboard or start "
+            "Ray with it."
+        )
+    return str(about["webui_url"])
 
 
 def start_if_local(config: RunConfig) -> None:
@@ -72,7 +92,7 @@ def start_if_local(config: RunConfig) -> None:
 
     What is wrong with Ray or its address `connect` says, after what is wrong with the rest.
     """
-    with console.quiet(), suppress(RequestError, ConnectionError, RuntimeError, ValueError):
+    with console.quiet(), suppress(Exception):
         if address_to_join(config.address) is None:
             ahead.start_ray(config)
 

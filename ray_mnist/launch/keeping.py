@@ -124,7 +124,7 @@ def session() -> Any:
 def surroundings(config: RunConfig) -> Any:
     """What a new Ray, and a new worker in it, would take over from this process or its options."""
     environment = {name: value for name, value in os.environ.items() if name not in SEEDS}
-    return config.address, os.getcwd(), [*sys.path], environment
+    return config.address, config.dashboard, os.getcwd(), [*sys.path], environment
 
 
 def needs(config: RunConfig) -> Any:

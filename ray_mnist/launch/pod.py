@@ -112,7 +112,7 @@ def launch(job: Job, hosts: SlicePlacementGroup, tell: Tell) -> Outcome | Evalua
     address = ray.util.get_node_ip_address()
     store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
     arguments = (job, hosts.chips_per_host, (address, store.port), this_folder())
-    with over_ray(tell) as send:
+    with over_ray(tell, job.name) as send:
         outcomes = on_every_host(train_on_host, *arguments, send, hosts=hosts)
     return next(outcome for outcome in outcomes if outcome is not None)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from io import BytesIO
 from typing import Any
 
 import pytorch_lightning as pl
@@ -142,7 +143,8 @@ def train(config: dict[str, Any]) -> Outcome | Evaluation | None:
     rank = ray.train.get_context().get_world_rank()
     with worker_output(config["send"], rank, output_files(), config["root_logger"]) as tell:
         try:
-            job: Job = cloudpickle.loads(config["job"])  # here, since modules may print as they are imported
+            # Here, since modules may print as they are imported.
+            job: Job = cloudpickle.loads(config["job"].getvalue())
             if config["keep"]:
                 TRACES.loaded()
             context = RayContext(job, config["use_gpu"], tell)
@@ -187,11 +189,11 @@ def launch(
     """
     with (
         environment(ray_train_settings(config)),
-        over_ray(tell) as send,
+        over_ray(tell, job.name) as send,
         on_sigterm(send.mailbox.stop.remote) if job.task == "fit" else nullcontext(),
     ):
         settings = {
-            "job": cloudpickle.dumps(job),
+            "job": BytesIO(cloudpickle.dumps(job)),  # of plain bytes Ray's dashboard would have all, as text
             "use_gpu": config.use_gpu,
             "threads": config.cpus_per_worker or 1,
             "folder": this_folder(),
@@ -267,7 +269,8 @@ def least(config: RunConfig) -> int | None:
 def ray_train_settings(config: RunConfig) -> dict[str, str]:
     """Environment variables that Ray Train reads when the run starts."""
     wait_less = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(PLACE_S)}  # how many have room may change at any time
-    return RAY_TRAIN_SETTINGS | (wait_less if config.elastic else {})
+    shown = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}  # what Ray's dashboard is asked for at /api/train
+    return RAY_TRAIN_SETTINGS | (wait_less if config.elastic else {}) | (shown if config.dashboard else {})
 
 
 def in_thread(call: Callable[[], Any], stop: Callable[[], None]) -> Any:

@@ -26,6 +26,8 @@ def prepare(job: Job, config: RunConfig, keep_s: float = 0) -> Prepared:
 
     What takes no time is checked first; then the data, and last the cluster, which may be minutes in starting.
     """
+    if config.dashboard and not config.num_workers:
+        raise RequestError("--dashboard shows workers on Ray: give --num-workers, such as 1, or drop it.")
     if datamodule := own_datamodule(job):
         datamodule.check_batch_size(world_size(config))
     preflight.check_storage(job.folder, preflight.PROBE_BYTES + checkpoint_bytes(job))

@@ -19,7 +19,8 @@ class Progress:
 
     `phase` is training, validation, test or prediction; `epoch` counts from 1. The samples are those of all workers,
     and `loss` is that of rank 0's part of the batch, in training only; `checkpoint` is the step of the run
-    folder's newest.
+    folder's newest. `step` counts optimizer steps. Of late, a batch took `step_seconds`, of which rank 0 waited
+    `data_wait_seconds` for its data loader.
     """
 
     phase: str
@@ -31,6 +32,9 @@ class Progress:
     loss: float | None
     workers: int
     checkpoint: int | None
+    step: int
+    step_seconds: float | None
+    data_wait_seconds: float | None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ray_mnist.config import RunConfig
 from ray_mnist.errors import Stopped, TrainingError, one_line
 from ray_mnist.launch.connection import go_to
 from ray_mnist.launch.local import LocalContext
+from ray_mnist.launch.metrics import RunMetrics
 from ray_mnist.run.events import EpochEnded, Event
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Row
@@ -139,9 +140,15 @@ class Trial(tune.Trainable):
 
                 ray.launch(job, config, self.news.put, TrialTorchTrainer)
             else:
+                metrics = RunMetrics(job.name)
+
+                def tell(event: Event) -> None:
+                    metrics.take(event)
+                    self.news.put(event)
+
                 callbacks = [*job.lightning["callbacks"], self.stop_when_told]
                 job = replace(job, lightning=job.lightning | {"callbacks": callbacks})
-                run(job, LocalContext(job, config.use_gpu, self.news.put))
+                run(job, LocalContext(job, config.use_gpu, tell))
         except Stopped:
             pass
         except BaseException as error:
