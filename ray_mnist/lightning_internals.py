@@ -7,15 +7,19 @@ tests/test_internals.py names what a new release moved.
 import copy
 import signal
 import threading
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.load import _METADATA_FILENAME
+from lightning_fabric.utilities.logger import _convert_params, _flatten_dict
+from pytorch_lightning.loggers import MLFlowLogger, WandbLogger
 from pytorch_lightning.overrides.distributed import _IndexBatchSamplerWrapper
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultMetric
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -276,3 +280,50 @@ def restore_metric_states(trainer: pl.Trainer, states: dict[int, dict[str, Any]]
         state = states.get(id(metric))
         first = metric._defaults | getattr(metric, "carried", {})
         vars(metric).update(copy.deepcopy(first) if state is None else state, _computed=None)
+
+
+class KeepsFirstValues(MLFlowLogger):
+    """Leaves a parameter as it was first logged: MLflow refuses another value, which a run that goes on may have."""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Logs those that are new."""
+        known: Mapping[str, str] = self.experiment.get_run(self.run_id).data.params
+        given = _flatten_dict(_convert_params(params))
+        super().log_hyperparams({name: value for name, value in given.items() if name not in known})
+
+
+class SentWithoutRun(WandbLogger):
+    """Goes to other processes as it is.
+
+    Lightning's begins the run where it is sent from, and then needs a service that is on that machine only.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but this process's part of the run."""
+        return vars(self) | {"_experiment": None}
+
+
+def continue_mlflow(logger: MLFlowLogger, run_id: str | None) -> str:
+    """Has the logger write to its own run, or else to the one of this id, or else to a new one; returns its id."""
+    logger._run_id = logger._run_id or run_id
+    return str(logger.run_id)
+
+
+def continue_wandb(logger: WandbLogger, run_id: str | None) -> str:
+    """Has the logger write to its own run, or else to the one of this id, or else to a new one; returns its id."""
+    logger._id = logger._wandb_init["id"] = logger.version or run_id or uuid.uuid4().hex[:8]
+    logger._wandb_init["resume"] = logger._wandb_init["resume"] or "allow"  # which --trainer.logger takes away
+    return logger._id
+
+
+def close_wandb(logger: WandbLogger) -> None:
+    """Ends what this process does for its run, if it has begun with it: all of it is written then."""
+    if logger._experiment is not None:
+        logger._experiment.finish()
+        logger._experiment = None
+
+
+def takes_checkpoints(logger: Any) -> bool:
+    """Whether a tracker's logger was told to upload checkpoints."""
+    return bool(logger._log_model)

@@ -1,5 +1,6 @@
 """One trial of a sweep: the run of `worker.fit` on one set of parameters, as Ray Tune starts, follows and stops it."""
 
+import copy
 import math
 import queue
 import threading
@@ -15,6 +16,7 @@ from ray_mnist.config import RunConfig
 from ray_mnist.errors import Stopped, TrainingError, one_line
 from ray_mnist.launch.connection import go_to
 from ray_mnist.launch.local import LocalContext
+from ray_mnist.run import trackers
 from ray_mnist.run.events import EpochEnded, Event
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Row
@@ -65,7 +67,7 @@ class Plan:
             profile=self.config.profile,
             monitor=(self.metric, self.mode),
             with_test=False,
-            lightning=self.lightning | space.of_trainer(parameters),
+            lightning=self.lightning | space.of_trainer(parameters) | {"logger": copy.deepcopy(self.lightning["logger"])},
         )
 
 
@@ -133,6 +135,7 @@ class Trial(tune.Trainable):
         config = self.plan.config
         try:
             job = self.plan.job(parameters, self.trial_id)
+            trackers.begin(job.folder, job.callbacks_and_loggers, elsewhere=config.max_workers > 1)
             if config.max_workers > 1:
                 from ray_mnist.launch import ray
                 from ray_mnist.ray_train_internals import TrialTorchTrainer
@@ -141,7 +144,10 @@ class Trial(tune.Trainable):
             else:
                 callbacks = [*job.lightning["callbacks"], self.stop_when_told]
                 job = replace(job, lightning=job.lightning | {"callbacks": callbacks})
-                run(job, LocalContext(job, config.use_gpu, self.news.put))
+                try:
+                    run(job, LocalContext(job, config.use_gpu, self.news.put))
+                finally:
+                    trackers.close(job.callbacks_and_loggers)  # the next trial's is in this process, too
         except Stopped:
             pass
         except BaseException as error:
@@ -192,6 +198,7 @@ def test_winner(plan: Plan, parameters: dict[str, Any], checkpoint: str) -> list
     """The test metrics of a trial's checkpoint, one dictionary a loader, on one worker; none if there is no test."""
     go_to(plan.folder)
     torch.set_num_threads(plan.config.cpus_per_worker or 1)
+    plan = replace(plan, lightning=plan.lightning | {"logger": False})
     job = replace(plan.job(parameters, ""), task="test", checkpoint=checkpoint, with_test=True)
     if not can_test(job):
         return []
