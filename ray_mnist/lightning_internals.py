@@ -5,6 +5,7 @@ tests/test_internals.py names what a new release moved.
 """
 
 import copy
+import copyreg
 import signal
 import threading
 import uuid
@@ -282,26 +283,31 @@ def restore_metric_states(trainer: pl.Trainer, states: dict[int, dict[str, Any]]
         vars(metric).update(copy.deepcopy(first) if state is None else state, _computed=None)
 
 
-class KeepsFirstValues(MLFlowLogger):
+def keep_first_values(logger: MLFlowLogger) -> None:
     """Leaves a parameter as it was first logged: MLflow refuses another value, which a run that goes on may have."""
+    log: Any = type(logger).log_hyperparams
 
     @rank_zero_only
-    def log_hyperparams(self, params: Any) -> None:
-        """Logs those that are new."""
-        known: Mapping[str, str] = self.experiment.get_run(self.run_id).data.params
+    def log_new(params: Any) -> None:
+        known: Mapping[str, str] = logger.experiment.get_run(logger.run_id).data.params
         given = _flatten_dict(_convert_params(params))
-        super().log_hyperparams({name: value for name, value in given.items() if name not in known})
+        log(logger, {name: value for name, value in given.items() if name not in known})
+
+    logger.log_hyperparams = log_new  # type: ignore[method-assign]
 
 
-class SentWithoutRun(WandbLogger):
-    """Goes to other processes as it is.
+def send_without_run(logger: WandbLogger) -> None:
+    """Has it go to other processes, and be copied, as it is.
 
-    Lightning's begins the run where it is sent from, and then needs a service that is on that machine only.
+    Lightning's way begins the run where it is sent from, and then needs a service that is on that machine only.
     """
+    copyreg.pickle(type(logger), reduce_wandb)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """All but this process's part of the run."""
-        return vars(self) | {"_experiment": None}
+
+def reduce_wandb(logger: WandbLogger) -> tuple[Any, ...]:
+    """All but this process's part of the run."""
+    new: Any = copyreg.__newobj__  # type: ignore[attr-defined]
+    return new, (type(logger),), vars(logger) | {"_experiment": None}
 
 
 def continue_mlflow(logger: MLFlowLogger, run_id: str | None) -> str:

@@ -31,7 +31,7 @@ from ray_mnist.run.events import CheckpointPassedOver, Event
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, TrainerState
 from ray_mnist.run.progress import follow
-from ray_mnist.run.trackers import close, log_config
+from ray_mnist.run.trackers import accept_changes, close, log_config
 from ray_mnist.run.uploads import Uploads
 
 
@@ -238,6 +238,7 @@ def make_trainer(
     with_context = arguments | context.trainer_arguments() | {"use_distributed_sampler": False}
     trainer: Any = pl.Trainer(**with_context)
     follow(trainer)
+    accept_changes(trainer.loggers)
     shard_loaders(trainer, job.seed, presharded)
     extend(trainer.strategy, LoadsOncePerNode)
     extend(trainer.strategy, SavesOwnPart)

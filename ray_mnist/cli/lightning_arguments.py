@@ -41,7 +41,7 @@ def for_lightning(arguments: dict[str, Any], config: RunConfig) -> dict[str, Any
     refuse_finders(taken["callbacks"])
     logger = taken.get("logger")
     taken["logger"] = logger is not False if logger is None or isinstance(logger, bool) else as_list(logger)
-    trackers.prepare(as_list(logger))
+    trackers.make_sendable(as_list(logger))
     taken["precision"] = config.precision
     if taken.pop("barebones", False):
         raise RequestError("barebones=True leaves out the checkpoints that a run recovers from: drop it.")

@@ -275,7 +275,7 @@ def make(parser: Parser, config: Namespace, name: str) -> Any:
         said = error.__cause__ or error
         if isinstance(said, RequestError):
             raise said from None
-        if tracker := re.search(r"loggers\.(\w+)': Requirement '(mlflow|wandb)", str(said)):
+        if tracker := re.search(r"loggers\.(\w+)': Requirement '(mlflow|wandb)", one_line(said)):
             raise RequestError(
                 f"--trainer.logger {tracker[1]} needs the package {tracker[2]}: pip install 'ray-mnist[trackers]'."
             ) from error

@@ -1,5 +1,6 @@
 """MLflow and Weights & Biases, as Lightning's loggers write to them: what a run adds, and how it stays one run there."""
 
+import copy
 import io
 import json
 import warnings
@@ -12,14 +13,13 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import MLFlowLogger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from ray_mnist.distributed.strategy import extend
 from ray_mnist.errors import RequestError, one_line
 from ray_mnist.lightning_internals import (
-    KeepsFirstValues,
-    SentWithoutRun,
     close_wandb,
     continue_mlflow,
     continue_wandb,
+    keep_first_values,
+    send_without_run,
     takes_checkpoints,
 )
 from ray_mnist.run.folder import RunFolder
@@ -33,12 +33,24 @@ def trackers(loggers: Iterable[Any]) -> list[Any]:
     return [logger for logger in loggers if isinstance(logger, MLFlowLogger | WandbLogger)]
 
 
-def prepare(loggers: Iterable[Any]) -> None:
-    """Has the trackers' loggers be such that they can be sent to workers, and go on with a run."""
+def make_sendable(loggers: Iterable[Any]) -> None:
+    """Lets this process send and copy the loggers before their runs begin."""
     for logger in trackers(loggers):
-        mixin = KeepsFirstValues if isinstance(logger, MLFlowLogger) else SentWithoutRun
-        if not isinstance(logger, mixin):
-            extend(logger, mixin)
+        if isinstance(logger, WandbLogger):
+            send_without_run(logger)
+
+
+def copies(loggers: Any) -> Any:
+    """The loggers, or what stands for none or Lightning's own, for a run beside others."""
+    make_sendable(() if isinstance(loggers, bool) else loggers)
+    return copy.deepcopy(loggers)
+
+
+def accept_changes(loggers: Iterable[Any]) -> None:
+    """Has the loggers, in the process that trains, take a configuration that is not the run's first, until `close`."""
+    for logger in trackers(loggers):
+        if isinstance(logger, MLFlowLogger):
+            keep_first_values(logger)
 
 
 def begin(folder: RunFolder, loggers: Iterable[Any], elsewhere: bool) -> None:
@@ -86,6 +98,8 @@ def close(loggers: Iterable[Any]) -> None:
     for logger in trackers(loggers):
         if isinstance(logger, WandbLogger):
             close_wandb(logger)
+        else:
+            vars(logger).pop("log_hyperparams", None)  # of `accept_changes`
 
 
 def hand_over(loggers: Iterable[Any], plots: dict[str, bytes], best: str | None, elsewhere: bool) -> None:
@@ -105,7 +119,9 @@ def hand_over(loggers: Iterable[Any], plots: dict[str, bytes], best: str | None,
             if best and takes_checkpoints(logger):
                 log_checkpoint(logger, best)
         except Exception as error:  # whatever a tracker's library raises
-            warnings.warn(f"{type(logger).__name__} did not take all plots and checkpoints: {one_line(error)}", stacklevel=2)
+            warnings.warn(
+                f"{type(logger).__name__} did not take all plots and checkpoints: {one_line(error)}", stacklevel=2
+            )
     if elsewhere:
         close(loggers)
 

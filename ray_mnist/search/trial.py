@@ -1,6 +1,5 @@
 """One trial of a sweep: the run of `worker.fit` on one set of parameters, as Ray Tune starts, follows and stops it."""
 
-import copy
 import math
 import queue
 import threading
@@ -67,7 +66,9 @@ class Plan:
             profile=self.config.profile,
             monitor=(self.metric, self.mode),
             with_test=False,
-            lightning=self.lightning | space.of_trainer(parameters) | {"logger": copy.deepcopy(self.lightning["logger"])},
+            lightning=self.lightning
+            | space.of_trainer(parameters)
+            | {"logger": trackers.copies(self.lightning["logger"])},
         )
 
 
