@@ -16,11 +16,11 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.load import _METADATA_FILENAME
 from lightning_fabric.utilities.logger import _convert_params, _flatten_dict
+from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.loggers import MLFlowLogger, WandbLogger
 from pytorch_lightning.overrides.distributed import _IndexBatchSamplerWrapper
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultMetric
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torchmetrics import Metric
 

@@ -1,4 +1,4 @@
-"""MLflow and Weights & Biases, as Lightning's loggers write to them: what a run adds, and how it stays one run there."""
+"""MLflow and Weights & Biases, where Lightning's loggers write: what a run adds, and how it stays one run there."""
 
 import copy
 import io
@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import yaml
+from lightning_utilities.core.rank_zero import rank_zero_only
 from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import MLFlowLogger, WandbLogger
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ray_mnist.errors import RequestError, one_line
 from ray_mnist.lightning_internals import (

@@ -53,6 +53,7 @@ class Plan:
         """The training of one trial; the test set is for the winner alone."""
         pl.seed_everything(self.config.seed, workers=True, verbose=False)
         model, datamodule = self.build(parameters)
+        loggers = {"logger": trackers.copies(self.lightning["logger"])}
         return Job(
             task="fit",
             model=model,
@@ -66,9 +67,7 @@ class Plan:
             profile=self.config.profile,
             monitor=(self.metric, self.mode),
             with_test=False,
-            lightning=self.lightning
-            | space.of_trainer(parameters)
-            | {"logger": trackers.copies(self.lightning["logger"])},
+            lightning=self.lightning | space.of_trainer(parameters) | loggers,
         )
 
 
