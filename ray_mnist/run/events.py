@@ -19,7 +19,7 @@ class Progress:
 
     `phase` is training, validation, test or prediction; `epoch` counts from 1. The samples are those of all workers,
     and `loss` is that of rank 0's part of the batch, in training only; `checkpoint` is the step of the run
-    folder's newest.
+    folder's newest. In a sweep, `trial` is the one that it is about.
     """
 
     phase: str
@@ -31,6 +31,7 @@ class Progress:
     loss: float | None
     workers: int
     checkpoint: int | None
+    trial: str | None = None
 
 
 @dataclass(frozen=True)

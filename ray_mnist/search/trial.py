@@ -13,10 +13,11 @@ from ray import tune
 
 from ray_mnist.config import RunConfig
 from ray_mnist.errors import Stopped, TrainingError, one_line
+from ray_mnist.launch.channel import Outbox, Send
 from ray_mnist.launch.connection import go_to
 from ray_mnist.launch.local import LocalContext
 from ray_mnist.run import trackers
-from ray_mnist.run.events import EpochEnded, Event
+from ray_mnist.run.events import EpochEnded, Event, Progress
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Row
 from ray_mnist.run.records import read_metrics
@@ -38,7 +39,7 @@ class Plan:
     """What all trials of a sweep have in common.
 
     `build` makes model and data module from a trial's parameters; `metric` chooses the best; `storage_path` is where
-    each trial has a run folder, named by its id.
+    each trial has a run folder, named by its id; `send` takes how far the trials are inside their epochs.
     """
 
     build: Build
@@ -48,6 +49,7 @@ class Plan:
     mode: str
     storage_path: str
     folder: tuple[str, str, int, int]
+    send: Send = lambda events: None
 
     def job(self, parameters: dict[str, Any], name: str) -> Job:
         """The training of one trial; the test set is for the winner alone."""
@@ -110,7 +112,7 @@ class Trial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], plan: Plan) -> None:  # type: ignore[override]
         """Starts the training, or goes on from the newest checkpoint of the trial's run folder."""
-        self.plan = plan
+        self.plan, self.outbox = plan, Outbox(plan.send)
         torch.set_num_threads(plan.config.cpus_per_worker or 1)
         go_to(plan.folder)
         self._begin(config)
@@ -140,12 +142,12 @@ class Trial(tune.Trainable):
                 from ray_mnist.launch import ray
                 from ray_mnist.ray_train_internals import TrialTorchTrainer
 
-                ray.launch(job, config, self.news.put, TrialTorchTrainer)
+                ray.launch(job, config, self._tell, TrialTorchTrainer)
             else:
                 callbacks = [*job.lightning["callbacks"], self.stop_when_told]
                 job = replace(job, lightning=job.lightning | {"callbacks": callbacks})
                 try:
-                    run(job, LocalContext(job, config.use_gpu, self.news.put))
+                    run(job, LocalContext(job, config.use_gpu, self._tell))
                 finally:
                     trackers.close(job.callbacks_and_loggers)  # the next trial's is in this process, too
         except Stopped:
@@ -154,6 +156,12 @@ class Trial(tune.Trainable):
             self.error = error
         finally:
             self.news.put(None)
+
+    def _tell(self, event: Event) -> None:
+        if isinstance(event, Progress):
+            self.outbox.tell(replace(event, trial=self.trial_id))
+        else:
+            self.news.put(event)
 
     def step(self) -> Row:
         """Waits for the next epoch that was validated; the training itself goes on meanwhile.
@@ -185,6 +193,7 @@ class Trial(tune.Trainable):
     def cleanup(self) -> None:
         """Ends the training; where it has workers, they end with this process."""
         self._end()
+        self.outbox.close()
 
     def _end(self) -> bool:
         """Whether the training has ended."""
