@@ -291,8 +291,7 @@ def test_trials_of_two_workers_are_stopped_and_leave_nothing_behind(tmp_path: Pa
     status = {float(row["model.lr"]): row["status"] for row in rows_of(tmp_path / "sweep")}
     assert status == {0.005: "done", 1e-6: "stopped early"}
     assert result.values["num_workers"] == 2
-    under_way = table.progress[result.values["trial"]]  # as its workers told this process
-    assert (under_way.workers, under_way.batches) == (2, 18)
+    assert table.progress[result.values["trial"]].workers == 2  # as they told this process on their way
 
 
 @pytest.mark.usefixtures("cluster")
