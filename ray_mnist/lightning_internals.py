@@ -6,6 +6,7 @@ tests/test_internals.py names what a new release moved.
 
 import copy
 import copyreg
+import os
 import signal
 import threading
 import uuid
@@ -296,18 +297,30 @@ def keep_first_values(logger: MLFlowLogger) -> None:
     logger.log_hyperparams = log_new  # type: ignore[method-assign]
 
 
-def send_without_run(logger: WandbLogger) -> None:
-    """Has it go to other processes, and be copied, as it is.
+def make_sendable(logger: MLFlowLogger | WandbLogger) -> None:
+    """Has a tracker's logger go to other processes, and be copied, as it is, and with what its library is to know.
 
-    Lightning's way begins the run where it is sent from, and then needs a service that is on that machine only.
+    WandbLogger's own way begins the run where it is sent from, and then needs a service that is on that machine only.
     """
-    copyreg.pickle(type(logger), reduce_wandb)
+    copyreg.pickle(type(logger), reduce_tracker)
 
 
-def reduce_wandb(logger: WandbLogger) -> tuple[Any, ...]:
-    """All but this process's part of the run."""
-    new: Any = copyreg.__newobj__  # type: ignore[attr-defined]
-    return new, (type(logger),), vars(logger) | {"_experiment": None}
+def reduce_tracker(logger: MLFlowLogger | WandbLogger) -> tuple[Any, ...]:
+    """All but this process's part of the run; with the environment variables that say where to and as whom."""
+    state = {name: value for name, value in vars(logger).items() if name not in ("_experiment", "log_hyperparams")}
+    state |= {"_experiment": None} if isinstance(logger, WandbLogger) else {}
+    known = {name: value for name, value in os.environ.items() if name.startswith(("MLFLOW_", "WANDB_"))}
+    known.pop("WANDB_SERVICE", None)  # of this process
+    return received_tracker, (type(logger), state, known)
+
+
+def received_tracker(kind: Any, state: dict[str, Any], environment: dict[str, str]) -> Any:
+    """The logger; what the process's own environment says holds."""
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    logger = kind.__new__(kind)
+    vars(logger).update(state)
+    return logger
 
 
 def continue_mlflow(logger: MLFlowLogger, run_id: str | None) -> str:

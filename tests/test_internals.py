@@ -30,10 +30,10 @@ from ray_mnist.lightning_internals import (
     REST_OF_SHARDS,
     continue_wandb,
     leave_sigterm_alone,
+    make_sendable,
     parallel_sizes,
     record_like,
     saves_shards,
-    send_without_run,
     spare_each_step,
 )
 from ray_mnist.worker import Job, make_trainer
@@ -221,7 +221,7 @@ def test_lightnings_trackers_still_keep_what_is_used_of_them_where_it_was(tmp_pa
     assert (wandb._experiment, wandb._id, wandb._wandb_init["id"]) == (None, None, None)
     assert wandb._wandb_init["resume"] == "allow"
     assert _flatten_dict(_convert_params({"a": {"b": (1, None)}})) == {"a/b": (1, None)}
-    send_without_run(wandb)
+    make_sendable(wandb)
     continue_wandb(wandb, "one")
     sent = copy.deepcopy(wandb)
     assert wandb._experiment is None, "Lightning begins a run where the logger is copied"
