@@ -21,7 +21,7 @@ from ray_mnist.cli.lightning_arguments import check_kind, data_of, ends_otherwis
 from ray_mnist.config import OPTIONS, RunConfig, global_seed
 from ray_mnist.errors import RequestError, Stopped
 from ray_mnist.launch.select import prepare
-from ray_mnist.run import lock, report
+from ray_mnist.run import lock, report, trackers
 from ray_mnist.run.events import EpochEnded
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, TrainerState
@@ -119,6 +119,7 @@ class Trainer:
         folder = job.folder
         with console.quiet(), self._own(folder, model), prepare(job, self.config, self.keep_workers) as (where, launch):
             saved_config = folder.read("config.yaml") if self.config.resume else None
+            trackers.begin(folder, self.loggers, self._elsewhere)
             self._write_config(folder, model, data)
             console.say(f"{report.dataset_name(data, model)} · {report.describe_model(model)} · {where}")
             console.say(f"run folder {folder}")
@@ -144,6 +145,8 @@ class Trainer:
         self._newest = next((name for name in folder.checkpoints() if name == outcome.newest_checkpoint), None)
         if self._newest and (self._elsewhere or outcome.test_seconds):  # in place, unless the test loaded others
             load_weights(model, folder.location(self._newest))
+        own = any(isinstance(callback, ModelCheckpoint) for callback in self.callbacks)
+        trackers.hand_over(self.loggers, result.plots, None if own else self._checkpoint("best"), self._elsewhere)
 
     def validate(
         self,

@@ -31,6 +31,7 @@ from ray_mnist.run.events import CheckpointPassedOver, Event
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Outcome, TrainerState
 from ray_mnist.run.progress import follow
+from ray_mnist.run.trackers import accept_changes, close, log_config
 from ray_mnist.run.uploads import Uploads
 
 
@@ -107,6 +108,8 @@ def run_and_collect(job: Job, context: WorkerContext) -> Outcome | Evaluation:
         if "Expected more than 1 value per channel" in str(error):
             raise shard_too_small(torch.distributed.get_world_size()) from error
         raise
+    finally:
+        close(job.callbacks_and_loggers)
     outcome.trainer_state.callbacks_and_loggers = [sendable(vars(item)) for item in job.callbacks_and_loggers]
     state = public_state(job.model)
     now = fingerprints(state)
@@ -145,6 +148,7 @@ def fit(job: Job, context: WorkerContext) -> Outcome:
         )
     uploads.newest = newest = trainer.strategy.broadcast(uploads.newest)
     path = folder.location(newest) if newest else job.checkpoint
+    log_config(folder, trainer.loggers)
     clock = time.monotonic()
     with uploads:
         # Others may be able to write to the run folder.
@@ -234,6 +238,7 @@ def make_trainer(
     with_context = arguments | context.trainer_arguments() | {"use_distributed_sampler": False}
     trainer: Any = pl.Trainer(**with_context)
     follow(trainer)
+    accept_changes(trainer.loggers)
     shard_loaders(trainer, job.seed, presharded)
     extend(trainer.strategy, LoadsOncePerNode)
     extend(trainer.strategy, SavesOwnPart)

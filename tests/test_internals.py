@@ -1,6 +1,7 @@
 """What is used of Ray and Lightning beyond their public APIs is in one file each; what a new release moved is named."""
 
 import ast
+import copy
 import dataclasses
 import importlib
 import inspect
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.logger import _convert_params, _flatten_dict
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import MLFlowLogger, WandbLogger
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.overrides.distributed import _IndexBatchSamplerWrapper
 from pytorch_lightning.profilers import PassThroughProfiler, SimpleProfiler
@@ -25,7 +28,9 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from ray_mnist.launch.local import LocalContext
 from ray_mnist.lightning_internals import (
     REST_OF_SHARDS,
+    continue_wandb,
     leave_sigterm_alone,
+    make_sendable,
     parallel_sizes,
     record_like,
     saves_shards,
@@ -209,6 +214,20 @@ def test_lightning_still_says_how_a_model_in_shards_is_saved() -> None:
     assert [saves_shards(each) for each in [*in_shards, *in_one_file]] == [True] * 2 + [False] * 3
     assert parallel_sizes(ModelParallelStrategy(4, 2)) == (4, 2)
     assert REST_OF_SHARDS == "meta.pt"  # which checkpoints that were saved have
+
+
+def test_lightnings_trackers_still_keep_what_is_used_of_them_where_it_was(tmp_path: Path) -> None:
+    mlflow = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", run_id="given", log_model=True)
+    wandb = WandbLogger(offline=True)
+    assert (mlflow._run_id, mlflow._log_model, wandb._log_model) == ("given", True, False)
+    assert (wandb._experiment, wandb._id, wandb._wandb_init["id"]) == (None, None, None)
+    assert wandb._wandb_init["resume"] == "allow"
+    assert _flatten_dict(_convert_params({"a": {"b": (1, None)}})) == {"a/b": (1, None)}
+    make_sendable(wandb)
+    continue_wandb(wandb, "one")
+    sent = copy.deepcopy(wandb)
+    assert wandb._experiment is None, "Lightning begins a run where the logger is copied"
+    assert (type(sent), vars(sent)) == (WandbLogger, vars(wandb))
 
 
 def train_a_step(callback: pl.Callback, spare: bool = True, leave_sigterm: bool = False) -> pl.Trainer:

@@ -1,7 +1,10 @@
 """What a person sees of a sweep and its trials, without a sweep."""
 
 import io
+import math
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from ray_mnist.cli import console
+from ray_mnist.run.events import Progress
 from ray_mnist.search import plots, table
 
 TRIALS = [
@@ -16,7 +20,18 @@ TRIALS = [
     SimpleNamespace(trial_id="b", config={"model.lr": 0.1}, status="PENDING", last_result=None),
     SimpleNamespace(trial_id="c", config={"model.lr": 0.2}, status="RUNNING", last_result={"epoch": 1.0, "loss": 0.25}),
 ]
+UNDER_WAY = Progress("training", 2, 7, 18, 100.0, 1.0, 0.5, 1, None, trial="c")
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
+
+
+@pytest.fixture(autouse=True)
+def now(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The time, which a test sets."""
+    seconds = [1000.0]
+    monkeypatch.setattr(table, "clock", lambda: seconds[0])
+    monkeypatch.setattr(table.Shown, "at", -math.inf)
+    yield seconds
+    table.progress.clear()
 
 
 @pytest.fixture
@@ -30,13 +45,56 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 
 def test_a_terminal_has_a_table_with_the_running_trials_first(terminal: io.StringIO) -> None:
     with table.on_terminal():
+        table.follow(UNDER_WAY)
+        table.follow(replace(UNDER_WAY, trial="a"))  # which has ended since
         table.Table("loss", 3).on_step_end(1, TRIALS)
-        drawn = [[cell.strip() for cell in line.split("│")[1:-1]] for line in terminal.getvalue().splitlines()]
-    assert [cells for cells in drawn if cells] == [
-        ["c", "lr 0.2", "running", "1/3", "0.2500"],
-        ["b", "lr 0.1", "pending", "", ""],
-        ["a", "lr 0.001235", "terminated", "", ""],
+        rows = cells(terminal)
+    assert rows == [
+        ["c", "lr 0.2", "running", "1/3", "0.2500", "epoch 2/3  batch 7/18"],
+        ["b", "lr 0.1", "pending", "", "", ""],
+        ["a", "lr 0.001235", "terminated", "", "", ""],
     ]
+
+
+def cells(terminal: io.StringIO) -> list[list[str]]:
+    """Of all rows that were drawn since the last call."""
+    lines = terminal.getvalue().splitlines()
+    terminal.seek(0)
+    terminal.truncate()
+    drawn = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    return [row for row in drawn if row]
+
+
+def test_the_table_is_drawn_twice_a_second_at_most_and_once_more_at_the_end(
+    terminal: io.StringIO, now: list[float]
+) -> None:
+    shown = table.Table("loss", 3)
+    with table.on_terminal():
+        shown.on_step_end(1, TRIALS[2:])
+        table.follow(UNDER_WAY)
+        now[0] += 0.4
+        shown.on_step_end(2, TRIALS[2:])
+        assert [row[-1] for row in cells(terminal)] == [""]
+        now[0] += 0.1
+        shown.on_step_end(3, TRIALS[2:])
+        assert [row[-1] for row in cells(terminal)] == ["epoch 2/3  batch 7/18"]
+        table.follow(replace(UNDER_WAY, batch=18))
+        shown.on_experiment_end(TRIALS[2:])
+        assert [row[-1] for row in cells(terminal)] == ["epoch 2/3  batch 18/18"]
+
+
+def test_without_a_terminal_a_line_a_minute_says_how_far_a_trial_is_as_long_as_there_is_no_other(
+    capsys: pytest.CaptureFixture[str], now: list[float]
+) -> None:
+    shown = table.Table("loss", 3)
+    table.follow(UNDER_WAY)
+    for second in range(200):
+        shown.on_step_end(second, TRIALS)
+        if second == 90:
+            assert capsys.readouterr().out == "c  epoch 2/3  batch 7/18\n"
+            shown.on_trial_error(second, TRIALS, TRIALS[0])
+        now[0] += 1
+    assert capsys.readouterr().out == "a  lr 0.001235  failed\nc  epoch 2/3  batch 7/18\n"
 
 
 def test_an_interrupted_sweep_leaves_the_cursor_and_no_further_table(terminal: io.StringIO) -> None:

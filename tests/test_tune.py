@@ -38,7 +38,7 @@ from ray_mnist.launch.connection import this_folder
 from ray_mnist.ray_train_internals import TrialTorchTrainer
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.records import read_metrics
-from ray_mnist.search import space
+from ray_mnist.search import space, table
 from ray_mnist.search.trial import Plan, Trial
 
 DIGITS = {"data": {"dataset": "digits"}}
@@ -301,6 +301,7 @@ def test_trials_of_two_workers_are_stopped_and_leave_nothing_behind(tmp_path: Pa
     status = {float(row["model.lr"]): row["status"] for row in rows_of(tmp_path / "sweep")}
     assert status == {0.005: "done", 1e-6: "stopped early"}
     assert result.values["num_workers"] == 2
+    assert table.progress[result.values["trial"]].workers == 2  # as they told this process on their way
 
 
 @pytest.mark.usefixtures("cluster")

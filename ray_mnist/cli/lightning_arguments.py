@@ -14,6 +14,7 @@ from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError, one_line
 from ray_mnist.lightning_internals import parallel_sizes
 from ray_mnist.lightning_package import is_foreign, package_in_use
+from ray_mnist.run import trackers
 
 FIND_UNUSED = "ddp_find_unused_parameters_true"
 STRATEGIES = ("auto", "ddp", FIND_UNUSED, "ddp_find_unused_parameters_false", "fsdp")
@@ -40,6 +41,7 @@ def for_lightning(arguments: dict[str, Any], config: RunConfig) -> dict[str, Any
     refuse_finders(taken["callbacks"])
     logger = taken.get("logger")
     taken["logger"] = logger is not False if logger is None or isinstance(logger, bool) else as_list(logger)
+    trackers.make_sendable(as_list(logger))
     taken["precision"] = config.precision
     if taken.pop("barebones", False):
         raise RequestError("barebones=True leaves out the checkpoints that a run recovers from: drop it.")

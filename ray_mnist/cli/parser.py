@@ -275,6 +275,10 @@ def make(parser: Parser, config: Namespace, name: str) -> Any:
         said = error.__cause__ or error
         if isinstance(said, RequestError):
             raise said from None
+        if tracker := re.search(r"loggers\.(\w+)': Requirement '(mlflow|wandb)", one_line(said)):
+            raise RequestError(
+                f"--trainer.logger {tracker[1]} needs the package {tracker[2]}: pip install 'ray-mnist[trackers]'."
+            ) from error
         made = f"{name} {config[name].class_path}" if "class_path" in config[name] else name
         raise RequestError(f"--{made} cannot be made: {type(said).__name__}: {one_line(said)}") from error
 

@@ -20,7 +20,7 @@ class Progress:
     `phase` is training, validation, test or prediction; `epoch` counts from 1. The samples are those of all workers,
     and `loss` is that of rank 0's part of the batch, in training only; `checkpoint` is the step of the run
     folder's newest. `step` counts optimizer steps. Of late, a batch took `step_seconds`, of which rank 0 waited
-    `data_wait_seconds` for its data loader.
+    `data_wait_seconds` for its data loader. In a sweep, `trial` is the one that it is about.
     """
 
     phase: str
@@ -35,6 +35,7 @@ class Progress:
     step: int
     step_seconds: float | None
     data_wait_seconds: float | None
+    trial: str | None = None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Result:
     values: dict[str, Any]
     history: list[Row] = field(repr=False)
     test_metrics: list[dict[str, float]] = field(repr=False)  # one dictionary a loader
+    plots: dict[str, bytes] = field(repr=False)  # PNG, by their names
 
 
 def whole_config(config: RunConfig, model: Any, data: dict[str, Any], name: str) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def write_result(
     class_names = getattr(data.get("datamodule"), "class_names", None)
     drawn = plots.draw(folder, outcome, class_names)
     page.write(folder, values, outcome, class_names, drawn, started)
-    return Result(path=str(folder), values=values, history=outcome.history, test_metrics=outcome.test_metrics)
+    return Result(str(folder), values, outcome.history, outcome.test_metrics, drawn)
 
 
 def default_name(model: Any, data: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from ray_mnist.cli.lightning_arguments import for_lightning
 from ray_mnist.config import OPTIONS, RunConfig, SweepConfig, global_seed
 from ray_mnist.data import MNISTDataModule
 from ray_mnist.errors import RequestError, one_line
+from ray_mnist.launch.channel import Sender, over_ray
 from ray_mnist.launch.connection import connect, environment, this_folder
 from ray_mnist.launch.ray import bundle, in_thread, with_cpus
 from ray_mnist.run import lock, report
@@ -24,7 +25,7 @@ from ray_mnist.run.folder import RunFolder, checkpoint_name
 from ray_mnist.run.records import read_metrics, to_json
 from ray_mnist.search import space
 from ray_mnist.search.results import STOPPED_EARLY, SweepResult, TrialRow, as_table, reason, trials_csv, winner_of
-from ray_mnist.search.table import Table, on_terminal
+from ray_mnist.search.table import Table, follow, on_terminal
 from ray_mnist.search.trial import Build, Interrupted, Plan, Trial, bundles, test_winner
 from ray_mnist.worker import Job
 
@@ -153,8 +154,9 @@ class Sweep:
             console.say(f"{workers} worker{'s' * (workers > 1)} a trial, Ray {cluster}; sweep folder {folder}")
             Interrupted.told.clear()
             try:
-                with on_terminal():
-                    grid = in_thread(self._tuner(folder, bundles(workers, worker)).fit, Interrupted.told.set)
+                with on_terminal(), over_ray(follow) as send:
+                    tuner = self._tuner(self._plan(folder, send=send), folder, bundles(workers, worker))
+                    grid = in_thread(tuner.fit, Interrupted.told.set)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"go on with --resume --name {name}") from None
             begun = [result for result in grid if result.error or result.config]  # before the time was up
@@ -195,9 +197,9 @@ class Sweep:
         if not self.config.resume and existed:
             raise RequestError(f"The sweep folder {folder} exists: give --resume to go on with it, or another --name.")
 
-    def _tuner(self, folder: RunFolder, needs: list[dict[str, float]]) -> ray.tune.Tuner:
+    def _tuner(self, plan: Plan, folder: RunFolder, needs: list[dict[str, float]]) -> ray.tune.Tuner:
         reserved = ray.tune.PlacementGroupFactory(needs)
-        trainable = ray.tune.with_resources(ray.tune.with_parameters(Trial, plan=self._plan(folder)), reserved)
+        trainable = ray.tune.with_resources(ray.tune.with_parameters(Trial, plan=plan), reserved)
         place = f"{folder.storage_path}/{folder.name}"
         if self.config.resume and ray.tune.Tuner.can_restore(f"{place}/tune"):
             return ray.tune.Tuner.restore(f"{place}/tune", trainable, resume_unfinished=True, resume_errored=False)
@@ -279,7 +281,7 @@ class Sweep:
             trial_folder(folder, row.name).keep_only()
         return SweepResult(str(folder), values, rows)
 
-    def _plan(self, folder: RunFolder) -> Plan:
+    def _plan(self, folder: RunFolder, **more: Sender) -> Plan:
         return Plan(
             build=self.build,
             config=self.placed,
@@ -288,6 +290,7 @@ class Sweep:
             mode=self.sweep.mode,
             storage_path=trials_in(folder),
             folder=this_folder(),
+            **more,
         )
 
     def _test(self, folder: RunFolder, parameters: dict[str, Any]) -> dict[str, float]:

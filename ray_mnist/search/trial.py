@@ -13,10 +13,12 @@ from ray import tune
 
 from ray_mnist.config import RunConfig
 from ray_mnist.errors import Stopped, TrainingError, one_line
+from ray_mnist.launch.channel import Outbox, Send
 from ray_mnist.launch.connection import go_to
 from ray_mnist.launch.local import LocalContext
 from ray_mnist.launch.metrics import RunMetrics
-from ray_mnist.run.events import EpochEnded, Event
+from ray_mnist.run import trackers
+from ray_mnist.run.events import EpochEnded, Event, Progress
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Evaluation, Row
 from ray_mnist.run.records import read_metrics
@@ -38,7 +40,7 @@ class Plan:
     """What all trials of a sweep have in common.
 
     `build` makes model and data module from a trial's parameters; `metric` chooses the best; `storage_path` is where
-    each trial has a run folder, named by its id.
+    each trial has a run folder, named by its id; `send` takes how far the trials are inside their epochs.
     """
 
     build: Build
@@ -48,11 +50,13 @@ class Plan:
     mode: str
     storage_path: str
     folder: tuple[str, str, int, int]
+    send: Send = lambda events: None
 
     def job(self, parameters: dict[str, Any], name: str) -> Job:
         """The training of one trial; the test set is for the winner alone."""
         pl.seed_everything(self.config.seed, workers=True, verbose=False)
         model, datamodule = self.build(parameters)
+        loggers = {"logger": trackers.copies(self.lightning["logger"])}
         return Job(
             task="fit",
             model=model,
@@ -66,7 +70,7 @@ class Plan:
             profile=self.config.profile,
             monitor=(self.metric, self.mode),
             with_test=False,
-            lightning=self.lightning | space.of_trainer(parameters),
+            lightning=self.lightning | space.of_trainer(parameters) | loggers,
         )
 
 
@@ -109,7 +113,7 @@ class Trial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], plan: Plan) -> None:  # type: ignore[override]
         """Starts the training, or goes on from the newest checkpoint of the trial's run folder."""
-        self.plan = plan
+        self.plan, self.outbox = plan, Outbox(plan.send)
         torch.set_num_threads(plan.config.cpus_per_worker or 1)
         go_to(plan.folder)
         self._begin(config)
@@ -134,27 +138,37 @@ class Trial(tune.Trainable):
         config = self.plan.config
         try:
             job = self.plan.job(parameters, self.trial_id)
+            trackers.begin(job.folder, job.callbacks_and_loggers, elsewhere=config.max_workers > 1)
             if config.max_workers > 1:
                 from ray_mnist.launch import ray
                 from ray_mnist.ray_train_internals import TrialTorchTrainer
 
-                ray.launch(job, config, self.news.put, TrialTorchTrainer)
+                ray.launch(job, config, self._tell, TrialTorchTrainer)
             else:
                 metrics = RunMetrics(job.name)
 
                 def tell(event: Event) -> None:
                     metrics.take(event)
-                    self.news.put(event)
+                    self._tell(event)
 
                 callbacks = [*job.lightning["callbacks"], self.stop_when_told]
                 job = replace(job, lightning=job.lightning | {"callbacks": callbacks})
-                run(job, LocalContext(job, config.use_gpu, tell))
+                try:
+                    run(job, LocalContext(job, config.use_gpu, tell))
+                finally:
+                    trackers.close(job.callbacks_and_loggers)  # the next trial's is in this process, too
         except Stopped:
             pass
         except BaseException as error:
             self.error = error
         finally:
             self.news.put(None)
+
+    def _tell(self, event: Event) -> None:
+        if isinstance(event, Progress):
+            self.outbox.tell(replace(event, trial=self.trial_id))
+        else:
+            self.news.put(event)
 
     def step(self) -> Row:
         """Waits for the next epoch that was validated; the training itself goes on meanwhile.
@@ -186,6 +200,7 @@ class Trial(tune.Trainable):
     def cleanup(self) -> None:
         """Ends the training; where it has workers, they end with this process."""
         self._end()
+        self.outbox.close()
 
     def _end(self) -> bool:
         """Whether the training has ended."""
@@ -199,6 +214,7 @@ def test_winner(plan: Plan, parameters: dict[str, Any], checkpoint: str) -> list
     """The test metrics of a trial's checkpoint, one dictionary a loader, on one worker; none if there is no test."""
     go_to(plan.folder)
     torch.set_num_threads(plan.config.cpus_per_worker or 1)
+    plan = replace(plan, lightning=plan.lightning | {"logger": False})
     job = replace(plan.job(parameters, ""), task="test", checkpoint=checkpoint, with_test=True)
     if not can_test(job):
         return []
