@@ -20,7 +20,7 @@ TRIALS = [
     SimpleNamespace(trial_id="b", config={"model.lr": 0.1}, status="PENDING", last_result=None),
     SimpleNamespace(trial_id="c", config={"model.lr": 0.2}, status="RUNNING", last_result={"epoch": 1.0, "loss": 0.25}),
 ]
-UNDER_WAY = Progress("training", 2, 7, 18, 100.0, 1.0, 0.5, 1, None, trial="c")
+UNDER_WAY = Progress("training", 2, 7, 18, 100.0, 1.0, 0.5, 1, None, 25, 0.05, 0.01, trial="c")
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 
 

@@ -30,18 +30,19 @@ PATIENCE_S = 10  # with a queue that does not answer
 class Mailbox:
     """The actor between a run's workers and the process that started it: events go home, the word to stop goes out.
 
-    What the events say of the run's metrics it has Ray export, for as long as it lives.
+    What the events say of the metrics of `run` it has Ray export, for as long as it lives.
     """
 
-    def __init__(self, room: int, run: str) -> None:
-        self.metrics = RunMetrics(run)
+    def __init__(self, room: int, run: str | None) -> None:
+        self.metrics = RunMetrics(run) if run else None
         self.events: asyncio.Queue[list[Event] | None] = asyncio.Queue(room)
         self.stopped = asyncio.Event()
 
     async def put(self, events: list[Event]) -> None:
         """Takes a batch; raises QueueFull where there is no room, which how far the run is takes from nothing else."""
-        for event in events:
-            self.metrics.take(event)
+        if self.metrics:
+            for event in events:
+                self.metrics.take(event)
         if self.events.qsize() >= BEHIND:
             events = [event for event in events if not isinstance(event, Progress)]
         if events:
@@ -87,8 +88,11 @@ class Sender:
 
 
 @contextmanager
-def over_ray(tell: Tell, run: str) -> Iterator[Sender]:
-    """What sends the `run`'s events from anywhere in the cluster to `tell` in this process; all are told at the end."""
+def over_ray(tell: Tell, run: str | None = None) -> Iterator[Sender]:
+    """What sends events from anywhere in the cluster to `tell` in this process; all are told at the end.
+
+    They are those of `run`, or of several, which have their metrics exported themselves.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote(QUEUED, run)
 
