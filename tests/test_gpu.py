@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 STEPS = 17  # of an epoch of the digits, 1,151 samples in batches of 64
 
 
-@pytest.fixture(params=["cpu", pytest.param("gpu", marks=on_gpu)])
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.slow), pytest.param("gpu", marks=on_gpu)])
 def use_gpu(request: pytest.FixtureRequest) -> bool:
     return bool(request.param == "gpu")
 
@@ -55,18 +55,18 @@ def checkpoint(folder: Path, name: str, step: int) -> dict[str, Any]:
     return loaded
 
 
+@on_gpu
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_each_precision_trains(precision: str, use_gpu: bool, tmp_path: Path) -> None:
-    trainer = fit(tmp_path, "run", ConvModel, use_gpu=use_gpu, precision=precision, max_epochs=3)
+def test_each_precision_trains(precision: str, tmp_path: Path) -> None:
+    trainer = fit(tmp_path, "run", ConvModel, use_gpu=True, precision=precision, max_epochs=3)
+    assert trainer.result.values["device"] == torch.cuda.get_device_name(0)
     assert trainer.result.values["test_accuracy"] > 0.6
-    if use_gpu:
-        assert trainer.result.values["device"] == torch.cuda.get_device_name(0)
-        saved = checkpoint(tmp_path, "run", 3 * STEPS)
-        (group,) = saved["optimizer_states"][0]["param_groups"]
-        assert group["fused"]
-        scale = saved.get("MixedPrecision", {}).get("scale", 0)
-        assert math.isfinite(scale)
-        assert (scale > 0) == (precision == "16-mixed")
+    saved = checkpoint(tmp_path, "run", 3 * STEPS)
+    (group,) = saved["optimizer_states"][0]["param_groups"]
+    assert group["fused"]
+    scale = saved.get("MixedPrecision", {}).get("scale", 0)
+    assert math.isfinite(scale)
+    assert (scale > 0) == (precision == "16-mixed")
 
 
 def test_a_gradient_that_is_clipped_is_not_left_to_one_kernel(use_gpu: bool, tmp_path: Path) -> None:
