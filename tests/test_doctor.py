@@ -577,9 +577,11 @@ def test_a_driver_is_held_against_the_cuda_of_torch(
     assert all(each.startswith(str(finding)) for each in found)
 
 
+@pytest.mark.slow
 def test_neighbours_with_gpus_add_up_gradients(two_nodes: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """GPUs that are only numbers, over gloo and on the CPU in NCCL's place."""
     monkeypatch.setattr(cluster_health, "NCCL", ("gloo", "cpu"))
+    monkeypatch.setattr(cluster_health, "ANSWER_TIMEOUT_S", 600)
     gpus = [two_nodes.add_node(num_cpus=0, num_gpus=1) for _ in range(2)]
     try:
         with cluster_health.joined(two_nodes.address):
