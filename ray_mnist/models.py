@@ -17,13 +17,10 @@ Schedule = Literal["constant", "cosine", "one-cycle"]
 
 
 class Accuracy(MulticlassAccuracy):
-    """The share of right answers, exact: torchmetrics divides its whole-number counts in float32.
-
-    It is given labels that the loss has been computed of: torchmetrics' own look at them would wait for the device.
-    """
+    """The share of right answers, exact: torchmetrics divides its whole-number counts in float32."""
 
     def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes=num_classes, average="micro", validate_args=False)
+        super().__init__(num_classes=num_classes, average="micro")
 
     def compute(self) -> Tensor:
         """Correct over counted as a float64 scalar, on the CPU since not every device has float64."""

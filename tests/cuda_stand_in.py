@@ -60,6 +60,7 @@ def install() -> None:
         "get_device_name": lambda *_: NAME,
         "get_device_capability": lambda *_: (8, 0),
         "set_device": lambda device: ASKED.update(set_device=str(device)),
+        "mem_get_info": lambda *_: (2**33, 2**33),
         "empty_cache": lambda: None,
         "Stream": lambda *_: None,
         "stream": nothing,
