@@ -8,7 +8,7 @@ import math
 import time
 import uuid
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +20,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
+from ray_mnist.arrival import Arrival
 from ray_mnist.distributed.agreement import RankZero
 from ray_mnist.distributed.collectives import common_to_all, gather, total
 from ray_mnist.distributed.loaders import samples_seen
@@ -204,10 +205,11 @@ class FiniteLoss(Callback):
     are ended as after any error. A checkpoint cannot be complete then: all ranks have to look before they save one.
     """
 
-    LOOK_EVERY = 50  # batches: a look waits for a device that is not the CPU
+    LOOK_EVERY = 50  # batches, at losses that have arrived meanwhile from a device that is not the CPU
 
     def __init__(self) -> None:
         self.unseen: list[tuple[int, Any, Tensor]] = []  # step, learning rate and loss
+        self.coming: deque[tuple[list[tuple[int, Any]], Arrival]] = deque()  # steps and rates, and their losses
         self.step, self.rate = 0, None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -220,21 +222,38 @@ class FiniteLoss(Callback):
     ) -> None:
         """Takes the loss."""
         if (loss := loss_of(outputs)) is not None:
+            if loss.device.type == "cpu":
+                check_finite(trainer, self.step, self.rate, loss.item())
+                return
             self.unseen.append((self.step, self.rate, loss.detach()))
-            if loss.device.type == "cpu" or len(self.unseen) == self.LOOK_EVERY:
-                self._look(trainer)
+            if len(self.unseen) == self.LOOK_EVERY:
+                self._send()
+                self._look(trainer, wait=False)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Looks before anybody saves: what comes of a loss that was finite may be weights that are not."""
-        self._look(trainer)
+        if self.unseen:
+            self._send()
+        self._look(trainer, wait=True)
         if not all(weight.detach().isfinite().all() for weight in pl_module.parameters() if weight.requires_grad):
             raise diverged(f"a weight is not finite after step {trainer.global_step}", trainer, self.rate)
 
-    def _look(self, trainer: Trainer) -> None:
+    def _send(self) -> None:
         unseen, self.unseen = self.unseen, []
-        for step, rate, loss in unseen:
-            if not math.isfinite(value := loss.item()):
-                raise diverged(f"the loss is {value} in step {step}", trainer, rate)
+        losses = Arrival(torch.cat([loss.reshape(1) for *_, loss in unseen]))
+        self.coming.append(([(step, rate) for step, rate, _ in unseen], losses))
+
+    def _look(self, trainer: Trainer, wait: bool) -> None:
+        while self.coming and (wait or self.coming[0][1].is_here()):
+            steps, losses = self.coming.popleft()
+            for (step, rate), value in zip(steps, losses.values().tolist(), strict=True):
+                check_finite(trainer, step, rate, value)
+
+
+def check_finite(trainer: Trainer, step: int, rate: Any, loss: float) -> None:
+    """Raises TrainingError unless the loss of a step is finite."""
+    if not math.isfinite(loss):
+        raise diverged(f"the loss is {loss} in step {step}", trainer, rate)
 
 
 def loss_of(outputs: Any) -> Tensor | None:

@@ -41,6 +41,12 @@ class Stopped(Exception):
     """The training ends here because it was told to, and can go on from its newest checkpoint."""
 
 
+def out_of_memory(error: BaseException) -> str:
+    """What a GPU's torch.OutOfMemoryError says, without its advice to who knows torch's allocator, and the way out."""
+    said = one_line(error).partition(" Of the allocated memory")[0].rstrip(".")[:200]
+    return f"{said}: use a smaller --batch-size, or --precision bf16-mixed, or more workers with a GPU each."
+
+
 def one_line(error: BaseException) -> str:
     """The error's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__

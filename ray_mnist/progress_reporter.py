@@ -8,6 +8,7 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from ray_mnist.arrival import Arrival
 from ray_mnist.callbacks import loss_of
 from ray_mnist.distributed.loaders import samples_seen, seconds_waited
 from ray_mnist.distributed.weighting import LossWeighting
@@ -23,8 +24,8 @@ RECENT = 20  # reports, over which the rates are means: ten seconds, or as many 
 class ProgressReporter(Callback):
     """Tells, on rank 0, of a batch that ends half a second or more after the last that it told of.
 
-    Other batches cost a look at the clock. Only of one that it tells of it reads the loss, this rank's, for which a
-    device that is not the CPU has to finish the steps that wait there; there is no collective in it.
+    Other batches cost a look at the clock. The loss is this rank's; that of a GPU is told with the first batch after
+    which it has arrived, so that nothing waits for it. There is no collective in it.
 
     Args:
         tell: takes the news.
@@ -42,6 +43,7 @@ class ProgressReporter(Callback):
     ) -> None:
         self.tell, self.weighting, self.uploads, self.clock = tell, weighting, uploads, clock
         self.due = -math.inf
+        self.loss: Arrival | None = None  # on its way
         self.phase: tuple[str, int, int] | None = None
         # Time, batches and samples of the phase, and seconds waited for them.
         self.recent: deque[tuple[float, int, int, float]] = deque(maxlen=RECENT)
@@ -52,7 +54,12 @@ class ProgressReporter(Callback):
         """Tells of it if it is time."""
         if self.clock() >= self.due:
             loss = loss_of(outputs)
-            self._report(trainer, batch_idx, trainer.num_training_batches, None if loss is None else loss.item())
+            if self.loss is None and loss is not None:
+                self.loss = Arrival(loss)
+            if self.loss is None or self.loss.is_here():
+                value = None if self.loss is None else self.loss.values().item()
+                self.loss = None
+                self._report(trainer, batch_idx, trainer.num_training_batches, value)
 
     def _evaluated(
         self,

@@ -190,7 +190,7 @@ class Trainer:
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> list[Any] | None:
-        """What `predict_step` returned for each batch, in the order of the data; a list of those for several loaders.
+        """What `predict_step` returned for each batch, on the CPU and in the order of the data; a list for each loader.
 
         See `validate` for the arguments.
         """

@@ -190,7 +190,7 @@ def evaluate(job: Job, context: WorkerContext) -> Evaluation:
 
 
 def predict(job: Job, context: WorkerContext) -> Evaluation:
-    """Predicts; rank 0 has all predictions, in the order of the data, the other ranks have none."""
+    """Predicts; rank 0 has all predictions on the CPU, in the order of the data, the other ranks have none."""
     trainer = make_trainer(job, context)
     allowed = job.model.allow_zero_length_dataloader_with_multiple_devices
     # A worker may have no batch where there are fewer batches than workers.
@@ -210,6 +210,7 @@ def predict(job: Job, context: WorkerContext) -> Evaluation:
         each = zip(mine if several else [mine], repeated, strict=True)
         kept = [batches[: len(batches) - more] for batches, more in each]
         mine = kept if several else kept[0]
+    mine = move_data_to_device(mine, "cpu")  # whoever they are for may have no such device
     found = gather(trainer, mine) if trainer.predict_loop.return_predictions else []
     if found and found[0] is not None:
         ranks = [rank or ([[]] * len(found[0]) if several else []) for rank in found]

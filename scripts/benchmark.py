@@ -16,5 +16,9 @@ if __name__ == "__main__":
             from benchmark_scale import scale
 
             scale(arguments)
+        case ["gpu", *arguments]:
+            from benchmark_gpu import gpu
+
+            gpu(arguments)
         case _:
-            sys.exit("usage: scripts/benchmark tune | train [--quick] | scale [--quick]")
+            sys.exit("usage: scripts/benchmark tune | train [--quick] | scale [--quick] | gpu [--quick]")

@@ -61,6 +61,7 @@ def run(job: Job, config: RunConfig, tell: Tell, stop: Any) -> Outcome | Evaluat
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     meet |= {"WORLD_SIZE": str(num_workers), "LOCAL_WORLD_SIZE": str(num_workers)}
+    meet |= {"CUDA_VISIBLE_DEVICES": ""}  # or Ray Train would have them meet over NCCL
     meet |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # the store is there
     ranks, workers = {}, []
     for rank in range(num_workers):

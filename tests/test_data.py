@@ -8,11 +8,13 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from cuda_stand_in import StaysOnCpu
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_tensor
 
@@ -200,3 +202,35 @@ def test_check_refuses_damaged_data(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"damaged")
     text = refusal(lambda: MNISTDataModule(data_dir=str(tmp_path)).check(1))
     assert f"{tmp_path / MNIST_FILES[0]} is not an IDX file" in text
+
+
+def test_the_samples_stay_on_a_gpu_that_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA is stood in for: what is to go there stays on the CPU."""
+    data = MNISTDataModule("digits")
+    data.setup("fit")
+    train, val, test = (data.parts[part] for part in ("train", "val", "test"))
+    size = sum(part.all_images.nbytes + part.all_labels.nbytes for part in (train, test))
+    on_gpu: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda:0")))
+    data.trainer = on_gpu
+    for free, workers, stays in ((10 * size, 0, True), (10 * size - 1, 0, False), (10 * size, 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, free))
+        data.num_workers = workers
+        with StaysOnCpu():
+            data.setup("fit")
+        assert (train.there is not None) == stays
+        if stays:
+            assert train.there[0] is val.there[0]  # once
+            assert pickle.loads(pickle.dumps(train)).there is None
+            batch = train.__getitems__([3, 1, 2])
+    data.trainer = None
+    data.setup("fit")
+    assert all(map(torch.equal, train.__getitems__([3, 1, 2]), batch))
+
+
+def test_a_batch_is_gathered_where_the_samples_are() -> None:
+    data = ImageDataset(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.arange(4))
+    data.there = data.all_images.to("meta"), data.all_labels.to("meta")
+    images, labels = data.__getitems__([2, 0])
+    assert images.is_meta
+    assert labels.is_meta
+    assert images.shape == (2, 1, 8, 8)

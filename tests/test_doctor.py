@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -511,8 +512,11 @@ def test_defects_of_a_cluster(
     other_ray_mnist.touch()
     storage = tmp_path / "a file"
     storage.touch()
+    path = f"{old_driver(tmp_path).parent}:{os.environ['PATH']}"
     node = two_nodes.add_node(
-        num_gpus=64, node_ip_address="127.0.0.3", env_vars={"PYTHONPATH": str(tmp_path / "other")}
+        num_gpus=64,
+        node_ip_address="127.0.0.3",
+        env_vars={"PYTHONPATH": str(tmp_path / "other"), "PATH": path},
     )
     with monkeypatch.context() as patch:
         ahead = SimpleNamespace(time=lambda: time.time() + 100, monotonic=time.monotonic)
@@ -530,18 +534,74 @@ def test_defects_of_a_cluster(
         (rf"{there} has torch 9\.9\.9, and this machine \S+: copy the project there, run scripts/setup", 1),
         (rf"{there} has ray-mnist \S+ \(\w{{8}}\), and this machine \S+ \(\w{{8}}\): copy the project there", 1),
         (rf"{there} has 64 GPUs for Ray, but torch can use \d: mend its driver \(nvidia-smi\)", 1),
+        (rf"{there} has a driver for CUDA 11\.4 at most, and a torch that was built for CUDA \d", 1),
         (rf"{anyone} has a clock (\d\d|100)\.\d s off this machine's: turn on NTP \(chrony\) on both\.", 3),
         (rf"--storage-path {storage} cannot take the run's 1\.0 MB of checkpoints: .*; use another folder", 1),
         (rf"from {anyone} to {anyone} go \d+\.\d MB/s, and training sends its gradients this way", 3),
     ):
         assert sum(bool(re.match(expected, finding)) for finding in findings) == times, (expected, findings)
-    assert len(findings) == 13
+    assert len(findings) == 14
 
     two_nodes.remove_node(node, allow_graceful=False)
     with cluster_health.joined(two_nodes.address):
         wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 2, 600, "Ray to notice that the node died")
         (finding,) = cluster_health.absent(ray.nodes())
     assert re.match(rf"{there} died \(.+\): start its machine and Ray on it again, unless another", finding)
+
+
+def old_driver(folder: Path) -> Path:
+    """A stand-in for nvidia-smi, as a driver of CUDA 11.4 has it: there is no GPU here."""
+    tool = folder / "bin/nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho '<nvidia_smi_log><cuda_version>11.4</cuda_version></nvidia_smi_log>'\n")
+    tool.chmod(0o755)
+    return tool
+
+
+@pytest.mark.parametrize(
+    ("built", "driven", "finding"),
+    [
+        ("13.2", "13.0", None),  # any driver of the same number
+        ("12.8", "13.0", None),
+        ("13.2", None, None),  # no nvidia-smi, as in some containers
+        ("13.2", "12.9", "node a has a driver for CUDA 12.9 at most, and a torch that was built for CUDA 13.2: update"),
+        (None, "13.0", "node a has GPUs for Ray, and a torch that was built without CUDA: install torch as"),
+    ],
+)
+def test_a_driver_is_held_against_the_cuda_of_torch(
+    built: str | None, driven: str | None, finding: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_health, "ask", lambda *_: ({"a": (built, driven)}, []))
+    found = list(cluster_health.driver_findings({}))
+    assert len(found) == (finding is not None)
+    assert all(each.startswith(str(finding)) for each in found)
+
+
+@pytest.mark.slow
+def test_neighbours_with_gpus_add_up_gradients(two_nodes: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs that are only numbers, over gloo and on the CPU in NCCL's place."""
+    monkeypatch.setattr(cluster_health, "NCCL", ("gloo", "cpu"))
+    monkeypatch.setattr(cluster_health, "ANSWER_TIMEOUT_S", 600)
+    gpus = [two_nodes.add_node(num_cpus=0, num_gpus=1) for _ in range(2)]
+    try:
+        with cluster_health.joined(two_nodes.address):
+            wait_until(lambda: ray.cluster_resources().get("GPU") == 2, 600, "the nodes to join")
+            having = {cluster_health.name_of(node): node for node in ray.nodes() if node["Resources"].get("GPU")}
+            about, findings = cluster_health.gradients(having)
+            assert (re.sub(r"\d+", "N", about), findings) == ("NCCL between neighbours (MB/s: N)", [])
+            first, second = having
+            monkeypatch.setattr(cluster_health, "NCCL", ("nccl", "cpu"))
+            _, (finding,) = cluster_health.gradients(having)
+            assert finding.startswith(f"node {first} and node {second} cannot add up gradients over nccl (")
+            assert "NCCL_SOCKET_IFNAME" in finding
+            monkeypatch.setattr(cluster_health, "ANSWER_TIMEOUT_S", 1)
+            taken = [cluster_health.start_probe(node["NodeID"], gpus=1) for node in having.values()]
+            ray.get([probe.clock.remote() for probe in taken], timeout=600)
+            _, (finding,) = cluster_health.gradients(having)
+            assert finding == f"node {first} has had no GPU free to try NCCL with: run the doctor again later."
+    finally:
+        for node in gpus:
+            two_nodes.remove_node(node)
 
 
 def starting_up() -> ClusterStatus:

@@ -20,6 +20,8 @@ ANSWER_TIMEOUT_S = 60
 CLOCK_TOLERANCE_S = 1
 BLOCK_BYTES = 64_000_000
 SLOW_MB_PER_S = 10
+NCCL = ("nccl", "cuda")  # torch's back end and its device
+GRADIENT_BYTES = 64_000_000
 Probes = dict[str, Any]  # by the node's name
 
 
@@ -43,10 +45,13 @@ def checks(address: str | None, storage_path: str) -> Iterator[Check]:
         yield "versions", [*version_findings(versions)]
         yield authentication(probes)
         yield "clocks", [*clock_findings(probes)]
-        yield "GPUs", [*gpu_findings(probes, alive)]
+        having = {name: probes[name] for name in probes if alive[name]["Resources"].get("GPU")}
+        yield "GPUs", [*gpu_findings(having, alive), *driver_findings(having)]
         yield f"storage path {storage_path}", [*storage_findings(storage_path)]
         if len(probes) > 1:
             yield bandwidth(probes)
+        if len(having) > 1:
+            yield gradients({name: alive[name] for name in having})
 
 
 @contextmanager
@@ -79,11 +84,11 @@ def absent(nodes: list[dict[str, Any]]) -> Iterator[str]:
             yield f"node {name_of(node)} died ({why}): {mend}."
 
 
-def start_probe(node_id: str) -> Any:
-    """A Probe on that node and no other, beside whatever else runs there."""
+def start_probe(node_id: str, gpus: int = 0) -> Any:
+    """A Probe on that node and no other, beside whatever else runs there; one with GPUs waits until they are free."""
     ray.cloudpickle.register_pickle_by_value(probe)
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(probe.Probe).options(num_cpus=0, scheduling_strategy=there).remote()
+    return ray.remote(probe.Probe).options(num_cpus=0, num_gpus=gpus, scheduling_strategy=there).remote()
 
 
 def ask(probes: Probes, question: str, *arguments: Any) -> tuple[dict[str, Any], list[str]]:
@@ -140,13 +145,26 @@ def clock_findings(probes: Probes) -> Iterator[str]:
 
 def gpu_findings(probes: Probes, nodes: Mapping[str, dict[str, Any]]) -> Iterator[str]:
     """Nodes of which Ray believes that they have more GPUs than torch can use there."""
-    promised = {name: nodes[name]["Resources"].get("GPU", 0) for name in probes}
-    counts, silent = ask({name: probes[name] for name in probes if promised[name]}, "gpus")
+    promised = {name: nodes[name]["Resources"]["GPU"] for name in probes}
+    counts, silent = ask(probes, "gpus")
     yield from silent
     for name, count in counts.items():
         if count < promised[name]:
             few = f"has {promised[name]:g} GPUs for Ray, but torch can use {count}"
             yield f"node {name} {few}: mend its driver (nvidia-smi), or leave --num-gpus out of its `ray start`."
+
+
+def driver_findings(probes: Probes) -> Iterator[str]:
+    """Nodes whose driver is older than the CUDA that torch was built for; a driver serves all CUDA of one number."""
+    found, silent = ask(probes, "cuda")
+    yield from silent
+    for name, (built, driven) in found.items():
+        if built is None:
+            mend = "install torch as requirements.lock has it, with scripts/setup"
+            yield f"node {name} has GPUs for Ray, and a torch that was built without CUDA: {mend}."
+        elif driven and int(driven.partition(".")[0]) < int(built.partition(".")[0]):
+            old = f"has a driver for CUDA {driven} at most, and a torch that was built for CUDA {built}"
+            yield f"node {name} {old}: update the driver (nvidia-smi shows it), or install a torch for that CUDA."
 
 
 def storage_findings(storage_path: str) -> Iterator[str]:
@@ -173,3 +191,35 @@ def bandwidth(probes: Probes) -> Check:
                 slow = f"from node {sender} to node {receiver} go {speeds[-1]:.1f} MB/s"
                 findings.append(f"{slow}, and training sends its gradients this way: put both in one zone or network.")
     return f"bandwidth between neighbours (MB/s: {', '.join(f'{speed:.0f}' for speed in speeds)})", findings
+
+
+def gradients(nodes: Mapping[str, dict[str, Any]]) -> Check:
+    """Has each node with GPUs and the next one add up numbers, as workers do with gradients, two at a time."""
+    speeds, findings = [], []
+    pairs = len(nodes) if len(nodes) > 2 else 1
+    for pair in islice(pairwise([*nodes, *nodes]), pairs):
+        probes = {name: start_probe(nodes[name]["NodeID"], gpus=1) for name in pair}
+        try:
+            speeds.append(GRADIENT_BYTES / 1e6 / seconds_to_add(probes))
+        except RequestError as error:
+            findings.append(str(error))
+        finally:
+            for node in probes.values():
+                ray.kill(node)
+    return f"NCCL between neighbours (MB/s: {', '.join(f'{speed:.0f}' for speed in speeds)})", findings
+
+
+def seconds_to_add(probes: Probes) -> float:
+    """The seconds that two nodes take to add up so many bytes of each. Raises RequestError if they cannot."""
+    addresses, _ = ask(probes, "free_address")
+    if busy := [name for name in probes if name not in addresses]:
+        raise RequestError(f"node {busy[0]} has had no GPU free to try NCCL with: run the doctor again later.")
+    first, second = probes
+    settings = (addresses[first], *NCCL, GRADIENT_BYTES, ANSWER_TIMEOUT_S / 2)
+    sums = [node.all_reduce.remote(rank, *settings) for rank, node in enumerate(probes.values())]
+    try:
+        return max(ray.get(sums, timeout=ANSWER_TIMEOUT_S))
+    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError) as error:
+        why = f"cannot add up gradients over {NCCL[0]} ({one_line(error)[-200:]})"
+        mend = "open all ports between them, or name their network in NCCL_SOCKET_IFNAME"
+        raise RequestError(f"node {first} and node {second} {why}: {mend}.") from error

@@ -14,6 +14,7 @@ from ray_mnist.distributed.orders import EpochOrder
 from ray_mnist.errors import RequestError
 
 Batch = tuple[Tensor, Tensor]
+SHARE_OF_GPU = 10  # the data set stays on a GPU if it takes no more than one such part of what is free there
 EVALUATION_BATCH = 1024  # the larger the faster; it has no part in the result
 
 
@@ -25,6 +26,8 @@ class ImageDataset(Dataset[Batch]):
         all_labels: int64 (M,).
         rows: int64 (N,), which of them are in the data set, and in which order (default: all).
     """
+
+    there: tuple[Tensor, Tensor] | None = None  # copies of all images and labels on a GPU, to gather batches from
 
     def __init__(self, all_images: Tensor, all_labels: Tensor, rows: Tensor | None = None) -> None:
         self.all_images, self.all_labels = all_images, all_labels
@@ -48,9 +51,19 @@ class ImageDataset(Dataset[Batch]):
         return self.all_images[row], self.all_labels[row]
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        rows = self.rows.index_select(0, torch.tensor(indices))
+        images, labels = self.there or (self.all_images, self.all_labels)
+        rows = self.rows.index_select(0, torch.tensor(indices)).to(images.device, non_blocking=True)
         # Faster than indexing, which copies pixel by pixel.
-        return self.all_images.index_select(0, rows), self.all_labels.index_select(0, rows)
+        return images.index_select(0, rows), labels.index_select(0, rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is on a GPU, which other processes may not have."""
+        return vars(self) | {"there": None}
+
+
+def has_room(device: torch.device, size: int) -> bool:
+    """Whether it is a GPU on which so many bytes leave enough for a model."""
+    return device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // SHARE_OF_GPU
 
 
 def together(batch: Any) -> Any:
@@ -146,9 +159,15 @@ class MNISTDataModule(LightningDataModule):
         download.prepare(self.dataset, self.data_dir, self.mirror)
 
     def setup(self, stage: str) -> None:
-        """Reads the data and splits it, the same way on every worker."""
+        """Reads the data and splits it, the same way on every worker; it stays on a GPU where that has room."""
         if not self.parts:
             self.parts = self._split(decoded.load(self.dataset, self.data_dir))
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        held = {id(tensor): tensor for part in self.parts.values() for tensor in (part.all_images, part.all_labels)}
+        stays = not self.num_workers and has_room(device, sum(tensor.nbytes for tensor in held.values()))
+        copies = {key: tensor.to(device) for key, tensor in held.items()} if stays else {}
+        for part in self.parts.values():
+            part.there = (copies[id(part.all_images)], copies[id(part.all_labels)]) if stays else None
 
     def _split(self, data: sources.Images) -> dict[str, ImageDataset]:
         order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(self.seed))

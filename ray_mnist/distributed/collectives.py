@@ -8,6 +8,8 @@ import torch
 
 def total(trainer: pl.Trainer, count: float) -> float:
     """The sum of `count` over all ranks."""
+    if trainer.world_size == 1:
+        return float(count)
     mine = torch.tensor(count, dtype=torch.float64, device=trainer.strategy.root_device)
     return float(trainer.strategy.reduce(mine, reduce_op="sum"))
 

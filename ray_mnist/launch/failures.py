@@ -8,10 +8,11 @@ from contextlib import suppress
 from typing import Any
 
 import ray.train
+import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
-from ray_mnist.errors import RequestError, Stalled, Stopped, TrainingError, one_line
+from ray_mnist.errors import RequestError, Stalled, Stopped, TrainingError, one_line, out_of_memory
 from ray_mnist.launch.channel import PATIENCE_S, Send
 from ray_mnist.run.events import WorkersChanged, WorkersFailed
 from ray_mnist.run.folder import RunFolder
@@ -144,6 +145,8 @@ def describe(rank: int, error: Exception) -> TrainingError:
         return TrainingError(f"worker {rank} {how}", str(error))
     if isinstance(error, TrainingError):
         return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return TrainingError(f"worker {rank}: {out_of_memory(error)}", "\n".join(error.__notes__))
     message = f"worker {rank}: {type(error).__name__}: {one_line(error)[:300]}"
     return TrainingError(message, "\n".join(error.__notes__))
 

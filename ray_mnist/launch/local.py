@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ray_mnist.errors import RequestError
+from ray_mnist.errors import RequestError, TrainingError, out_of_memory
 from ray_mnist.launch.termination import on_sigterm
 from ray_mnist.run.events import Tell
 from ray_mnist.run.outcome import Evaluation, Outcome
@@ -32,6 +32,7 @@ def launch(job: Job, context: WorkerContext) -> Outcome | Evaluation:
 
     Raises:
         Stopped: SIGTERM came.
+        TrainingError: the GPU's memory is full, or the loss is not finite any more.
     """
     with on_sigterm(context.stop.set) if job.task == "fit" else nullcontext():
         return run_here(job, context)
@@ -43,6 +44,8 @@ def run_here(job: Job, context: WorkerContext) -> Outcome | Evaluation:
     try:
         with seed_left_alone():
             return run(job, context)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(out_of_memory(error)) from error
     except SystemExit as end:
         # Lightning answers Ctrl-C by leaving the process, and is deaf to it from then on.
         if not isinstance(end.__context__, KeyboardInterrupt):
