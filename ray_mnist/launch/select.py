@@ -133,8 +133,10 @@ def on_tpu(job: Job, config: RunConfig) -> Prepared:
 
 def check_serializable_job(job: Job) -> None:
     """Raises RequestError unless the job can be sent to other processes."""
+    from ray_mnist.compiling import refuse_compiled_in_place
     from ray_mnist.distributed.serialization import check_serializable
 
+    refuse_compiled_in_place(job.model)
     if "datamodule" in job.data:
         job.data["datamodule"].trainer = None  # of a run before, in this process
     check_serializable(
