@@ -37,6 +37,7 @@ from torch.utils.data import (
 from ray_mnist import Trainer
 from ray_mnist.distributed import samples as fetching
 from ray_mnist.distributed.draws import SameDraws, compare_draws
+from ray_mnist.distributed.inspection import watching_for_the_rank
 from ray_mnist.distributed.loaders import (
     ResumableLoader,
     ShardedLoader,
@@ -705,6 +706,18 @@ def test_a_stream_shares_itself_out_if_it_asks_for_its_rank(ask: str | None, pro
     else:
         assert ranks[0][:2] == [own[0]] * 2
         assert [sorted(found[0] + found[1]) for found in zip(*ranks, strict=True)] == [list(range(20))] * 3
+
+
+def test_who_copies_the_environment_does_not_ask_for_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Data does, in Ray Train's workers: each would take all of its stream for its own share."""
+    monkeypatch.setenv("RANK", "0")
+    with watching_for_the_rank() as asked:
+        copies = [dict(os.environ), {**os.environ}, dict(os.environ.items()), os.environ.copy()]
+    assert asked == []
+    with watching_for_the_rank() as asked:
+        copies += [dict(os.environ), {"RANK": os.environ["RANK"]}, dict(os.environ)]
+    assert asked == ["RANK"]
+    assert {copy["RANK"] for copy in copies} == {"0"}
 
 
 class Shuffled(IterableDataset[Any]):

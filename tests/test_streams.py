@@ -65,7 +65,7 @@ def test_the_shards_of_a_webdataset_are_read_once_each(
     model, trainer = Adds(), Trainer(max_epochs=2, num_workers=num_workers, storage_path=str(tmp_path / "runs"))
     trainer.fit(model, DataLoader(stream, 2, num_workers=processes, persistent_workers=bool(processes)))
     assert [(row["sum"], row["count"]) for row in trainer.result.history] == [(ALL, ROWS)] * 2
-    batches = {0: [10, 12], 2: [6, 6]}[num_workers]  # of 5 samples a shard, each read in one process, or in all of two
+    batches = {0: [10, 10], 2: [5, 6]}[num_workers]  # of two samples; each shard has five
     assert trainer.global_step == 2 * batches[bool(processes)]
 
 
