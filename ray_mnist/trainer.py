@@ -78,7 +78,7 @@ class Trainer:
         self.progress_bar_metrics: dict[str, float] = {}
         self.current_epoch = self.global_step = 0
         self._data: dict[str, Any] = {}
-        self._compiled: Any = None  # what torch.compile made of the last call's model, if it was called with that
+        self._compiled: tuple[Any, Any] = None, None  # a model, and what torch.compile made of it
         self._fits = 0
         self._folder: RunFolder | None = None
         self._newest: str | None = None  # checkpoint
@@ -293,7 +293,7 @@ class Trainer:
             checkpoint_every_s=self.config.checkpoint_every_s,
             allow_nan=self.config.allow_nan,
             profile=self.config.profile,
-            compile=self.config.compile if self._compiled is None else self._compiled,
+            compile=self._compiled[1] if model is self._compiled[0] else self.config.compile,
             checkpoint=self._checkpoint(ckpt_path, task),
             weights_only=weights_only is not False,
             lightning=self.lightning,
@@ -301,10 +301,11 @@ class Trainer:
         )
 
     def _taken_apart(self, model: Any) -> Any:
-        """The model without what torch.compile made of it, which is for the workers, and for the next call about it."""
-        if model is not self.lightning_module:
-            model, self._compiled = taken_apart(model, self.lightning.get("strategy"), bool(self.config.tpu_cores))
-        return model
+        """The model without what torch.compile made of it, which is kept for this call and the next about it."""
+        plain, compiled = taken_apart(model, self.lightning.get("strategy"), bool(self.config.tpu_cores))
+        if compiled is not None:
+            self._compiled = plain, compiled
+        return plain
 
     @property
     def _elsewhere(self) -> bool:

@@ -99,12 +99,12 @@ OPTIONS = ("--model", "traced.Traced", "--dataset", "digits", "--max-epochs", "1
 
 
 @pytest.mark.slow
-def test_the_option_compiles_in_each_of_rays_workers(
+def test_the_option_compiles_any_model(
     command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    """With a real compiler, in a real worker."""
+    """With a real compiler."""
     (tmp_path / "traced.py").write_text(PROGRAM)
-    done = command(*OPTIONS, "--num-workers", "2", "--name", "run", "--batch-size", "256", timeout=1500)
+    done = command(*OPTIONS, "--name", "run", "--batch-size", "256", timeout=1500)
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / "runs" / "run" / "metrics.csv").read_text().splitlines()
     assert dict(zip(*(row.split(",") for row in rows), strict=True))["compiled"] == "1.0"
