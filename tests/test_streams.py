@@ -27,17 +27,11 @@ class Adds(pl.LightningModule):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
 
-    def add(self, batch: Any, prefix: str) -> None:
-        bits = (2.0 ** batch["row"].double()).sum()
-        self.log(f"{prefix}sum", bits, on_step=False, on_epoch=True, reduce_fx="sum")
-        self.log(f"{prefix}count", float(len(batch["row"])), on_step=False, on_epoch=True, reduce_fx="sum")
-
     def training_step(self, batch: Any) -> Tensor:
-        self.add(batch, "")
+        bits = (2.0 ** batch["row"].double()).sum()
+        self.log("sum", bits, on_step=False, on_epoch=True, reduce_fx="sum")
+        self.log("count", float(len(batch["row"])), on_step=False, on_epoch=True, reduce_fx="sum")
         return self.weight
-
-    def validation_step(self, batch: Any) -> None:
-        self.add(batch, "val_")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1.0)
@@ -76,12 +70,10 @@ def test_ray_splits_its_data_among_the_workers_as_the_docs_have_it(cluster: None
     (code,) = re.findall(r"```python\n([^`]*?ray\.data.*?)```", page, re.DOTALL)
     names: dict[str, Any] = {}
     exec(code, names)
-    for part, rows in (("train", np.arange(ROWS)), ("val", np.arange(ROWS - 1))):
-        (tmp_path / part).mkdir()
-        for number, some in enumerate(np.array_split(rows, 3)):
-            pq.write_table(pa.table({"row": some}), tmp_path / part / f"{number}.parquet")
+    (tmp_path / "train").mkdir()
+    for number, some in enumerate(np.array_split(np.arange(ROWS), 3)):
+        pq.write_table(pa.table({"row": some}), tmp_path / "train" / f"{number}.parquet")
     trainer = Trainer(max_epochs=2, num_workers=2, storage_path=str(tmp_path / "runs"))
     trainer.fit(Adds(), datamodule=names["Parquet"](str(tmp_path), batch_size=8))
-    found = [tuple(row[name] for name in ("sum", "count", "val_sum", "val_count")) for row in trainer.result.history]
-    assert found == [(ALL, ROWS, 2.0 ** (ROWS - 1) - 1, ROWS - 1)] * 2
+    assert [(row["sum"], row["count"]) for row in trainer.result.history] == [(ALL, ROWS)] * 2
     assert trainer.global_step == 2 * 3  # of 10 rows for each worker, in batches of 4
