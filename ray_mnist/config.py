@@ -51,6 +51,7 @@ class RunConfig:
     checkpoint_every_s: int | None = _option(None, "also checkpoint when the last one is so many seconds old")
     allow_nan: bool = _option(False, "go on when the loss is NaN or infinite, which otherwise ends the run")
     profile: bool = _option(False, "write a trace of some training steps of each rank to the run folder")
+    compile: bool = _option(False, "compile the model in each worker, as torch.compile(model) does")
     dashboard: bool = _option(False, "say where Ray's dashboard is, which a Ray that is started for the run then has")
     address: str | None = _option(
         None, "the Ray cluster to join (default: the one this machine is part of, or else a new local one)"

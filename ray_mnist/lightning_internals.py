@@ -48,6 +48,7 @@ def spare_each_step(trainer: pl.Trainer) -> None:
         loop._broadcast_sigterm_tensor = lambda: None
     results, log = loop._results, loop._results.log
 
+    @torch.compiler.disable  # as what it calls is
     def log_settled(fx: str, name: str, *arguments: Any, **named: Any) -> None:
         log(fx, name, *arguments, **named)
         results[f"{fx}.{name}"].__class__ = SettledMetric
@@ -107,6 +108,7 @@ def hook_into_metrics(
         epoch_ended()
         on_epoch_end()
 
+    @torch.compiler.disable
     def weighed(fx: str, name: str, *arguments: Any, batch_size: Any = None, **named: Any) -> None:
         weights[0] = weight() if batch_size is None else batch_size * (weight() > 0)
         log(fx, name, *arguments, batch_size=batch_size, **named | {"sync_dist_fn": weighed_sync})
@@ -123,6 +125,7 @@ def count_no_mean_of_nothing(results: Any) -> None:
     """Makes a mean that is logged with `batch_size=0` 0: it may be 0 / 0, and a total with NaN in it is NaN."""
     log = results.log
 
+    @torch.compiler.disable
     def counted(fx: str, name: str, value: Any, batch_size: Any = None, **named: Any) -> None:
         # A tensor may be on a device, for which nothing waits here.
         may_be_zero = isinstance(batch_size, Tensor) or batch_size == 0
@@ -149,6 +152,11 @@ def saves_shards(strategy: Any) -> bool:
 def is_sharded(strategy: Any) -> bool:
     """Whether each rank has a part of the model only; all need each other in each step, and such folders are loaded."""
     return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
+
+
+def compiled_in_place(module: torch.nn.Module) -> bool:
+    """Whether `module.compile()` was called."""
+    return module._compiled_call_impl is not None
 
 
 def parallel_sizes(strategy: ModelParallelStrategy) -> tuple[int | str, int | str]:

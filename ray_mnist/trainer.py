@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ray_mnist.cli import console
 from ray_mnist.cli.lightning_arguments import check_kind, data_of, ends_otherwise, for_lightning, refuse_finders
+from ray_mnist.compiling import taken_apart
 from ray_mnist.config import OPTIONS, RunConfig, global_seed
 from ray_mnist.errors import RequestError, Stopped
 from ray_mnist.launch.select import prepare
@@ -77,6 +78,7 @@ class Trainer:
         self.progress_bar_metrics: dict[str, float] = {}
         self.current_epoch = self.global_step = 0
         self._data: dict[str, Any] = {}
+        self._compiled: tuple[Any, Any] = None, None  # a model, and what torch.compile made of it
         self._fits = 0
         self._folder: RunFolder | None = None
         self._newest: str | None = None  # checkpoint
@@ -98,7 +100,7 @@ class Trainer:
         `model` then has the trained weights; `result` and the run folder have the outcome.
 
         Args:
-            model: the module to train.
+            model: the module to train, or what torch.compile made of it.
             train_dataloaders: loaders, or a data module in their place.
             val_dataloaders: loaders.
             datamodule: instead of loaders.
@@ -114,6 +116,7 @@ class Trainer:
         """
         started = time.time()
         data = data_of(datamodule, train_dataloaders=train_dataloaders, val_dataloaders=val_dataloaders)
+        model = self._taken_apart(model)
         check_kind(model, data)
         job = self._job("fit", model, data, self._name(model, data), ckpt_path, weights_only)
         folder = job.folder
@@ -293,6 +296,7 @@ class Trainer:
             checkpoint_every_s=self.config.checkpoint_every_s,
             allow_nan=self.config.allow_nan,
             profile=self.config.profile,
+            compile=self._compiled[1] if model is self._compiled[0] else self.config.compile,
             checkpoint=self._checkpoint(ckpt_path, task),
             weights_only=weights_only is not False,
             lightning=self.lightning,
@@ -302,6 +306,13 @@ class Trainer:
     def _display(self, **of_run: Any) -> console.Display:
         """What shows the run; how far it is only where nobody said whether Lightning is to do that."""
         return console.Display(**of_run, progress=self.lightning.get("enable_progress_bar") is None)
+
+    def _taken_apart(self, model: Any) -> Any:
+        """The model without what torch.compile made of it, which is kept for this call and the next about it."""
+        plain, compiled = taken_apart(model, self.lightning.get("strategy"), bool(self.config.tpu_cores))
+        if compiled is not None:
+            self._compiled = plain, compiled
+        return plain
 
     @property
     def _elsewhere(self) -> bool:
@@ -342,10 +353,11 @@ class Trainer:
     ) -> Evaluation:
         """Does a task that is not `fit`, in a folder that is gone afterwards."""
         ckpt_path = "best" if model is None and ckpt_path is None else ckpt_path
-        model, data = model or self.lightning_module, data or self._data
+        model, data = self.lightning_module if model is None else model, data or self._data
         if model is None:
             raise RequestError(f"{task} needs a model: give it one, or call fit first.")
         data = data if "datamodule" in data or "dataloaders" in data else {}
+        model = self._taken_apart(model)
         check_kind(model, data)
         job = self._job(task, model, data, f".{task}-{uuid.uuid4().hex}", ckpt_path, weights_only, **more)
         try:

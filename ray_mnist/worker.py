@@ -14,6 +14,7 @@ from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ray_mnist.callbacks import FiniteLoss, Mistakes, Randomness, Recorder
+from ray_mnist.compiling import compiled
 from ray_mnist.distributed.agreement import RankZero
 from ray_mnist.distributed.collectives import gather
 from ray_mnist.distributed.draws import SameDraws, compare_draws
@@ -42,8 +43,9 @@ class Job:
     `task` is fit, validate, test or predict; `data` has the arguments that give Lightning's method of that name its
     data; `checkpoint` is the path or URI of the one to start from, and `weights_only=False` loads whatever it
     holds; `monitor` is the metric that chooses the best checkpoint, and its mode, if not the ModelCheckpoint's of the
-    user; `allow_nan` has a fit go on with any loss; `profile` has some of its steps traced; `with_test` has it end in
-    the test; `return_predictions` is what Lightning's `predict` makes of it.
+    user; `allow_nan` has a fit go on with any loss; `profile` has some of its steps traced; `compile` is whether
+    the model is to be compiled, or what torch.compile made of it; `with_test` has a fit end in the test;
+    `return_predictions` is what Lightning's `predict` makes of it.
     """
 
     task: str
@@ -59,6 +61,7 @@ class Job:
     monitor: tuple[str, str] | None = None
     allow_nan: bool = False
     profile: bool = False
+    compile: Any = False
     with_test: bool = True
     return_predictions: bool | None = None
     lightning: dict[str, Any] = field(default_factory=dict)
@@ -91,7 +94,8 @@ def run(job: Job, context: WorkerContext) -> Outcome | Evaluation:
     """Does the job's task."""
     pl.seed_everything(job.seed, workers=True, verbose=False)
     task: Any = {"fit": fit, "validate": evaluate, "test": evaluate, "predict": predict}[job.task]
-    outcome: Outcome | Evaluation = task(job, context)
+    with compiled(job.model, job.compile):
+        outcome: Outcome | Evaluation = task(job, context)
     return outcome
 
 

@@ -34,8 +34,10 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from ray_mnist import Trainer
 from ray_mnist.distributed import samples as fetching
 from ray_mnist.distributed.draws import SameDraws, compare_draws
+from ray_mnist.distributed.inspection import watching_for_the_rank
 from ray_mnist.distributed.loaders import (
     ResumableLoader,
     ShardedLoader,
@@ -706,6 +708,18 @@ def test_a_stream_shares_itself_out_if_it_asks_for_its_rank(ask: str | None, pro
         assert [sorted(found[0] + found[1]) for found in zip(*ranks, strict=True)] == [list(range(20))] * 3
 
 
+def test_who_copies_the_environment_does_not_ask_for_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Data does, in Ray Train's workers: each would take all of its stream for its own share."""
+    monkeypatch.setenv("RANK", "0")
+    with watching_for_the_rank() as asked:
+        copies = [dict(os.environ), {**os.environ}, dict(os.environ.items()), os.environ.copy()]
+    assert asked == []
+    with watching_for_the_rank() as asked:
+        copies += [dict(os.environ), {"RANK": os.environ["RANK"]}, dict(os.environ)]
+    assert asked == ["RANK"]
+    assert {copy["RANK"] for copy in copies} == {"0"}
+
+
 class Shuffled(IterableDataset[Any]):
     """Numbers in an order that nobody seeds, or what a test makes of them."""
 
@@ -962,3 +976,54 @@ def test_the_processes_of_a_loader_end_with_the_training(presharded: bool, tmp_p
     assert kept[0].train_dataloader
     assert set(multiprocessing.active_children()) <= before  # of which some may be gone by chance
     assert len(list(loader)) == 6
+
+
+# What a loader says of its processes
+
+
+def its_process(samples: list[Any]) -> Tensor:
+    """In place of a batch, the process that it is collated in."""
+    return torch.tensor([os.getpid()])
+
+
+class Reads(pl.LightningModule):
+    """Takes note of its loader and the loader's processes, on the rank that comes home."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.options: list[tuple[Any, ...]] = []
+        self.processes: list[set[int]] = []
+
+    def on_train_epoch_start(self) -> None:
+        self.processes.append(set())
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        self.processes[-1].add(int(batch))
+        return self.weight
+
+    def on_train_epoch_end(self) -> None:
+        loader = self.trainer.train_dataloader.source
+        self.options.append((loader.num_workers, loader.pin_memory, loader.persistent_workers, loader.prefetch_factor))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("dataset", [Noisy(24), Jittered()])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loaders_processes_are_as_the_user_wants_them_in_each_worker(
+    num_workers: int, dataset: Any, persistent: bool, gloo: None, tmp_path: Path
+) -> None:
+    model = Reads()
+    options: dict[str, Any] = {"num_workers": 2, "pin_memory": True, "prefetch_factor": 3, "collate_fn": its_process}
+    loader = DataLoader(dataset, 4, persistent_workers=persistent, **options)
+    Trainer(max_epochs=2, num_workers=num_workers, storage_path=str(tmp_path)).fit(model, loader)
+    assert model.options == [(2, True, persistent, 3)] * 2
+    first, second = model.processes
+    assert len(first) == len(second) == 2
+    assert os.getpid() not in first
+    assert (first == second) is persistent
+    assert persistent or not first & second

@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, Pro
 from pytorch_lightning.strategies import ModelParallelStrategy
 
 from ray_mnist.cli import console
+from ray_mnist.compiling import refuse_compiling
 from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError, one_line
 from ray_mnist.lightning_internals import parallel_sizes
@@ -34,6 +35,8 @@ def for_lightning(arguments: dict[str, Any], config: RunConfig) -> dict[str, Any
     refuse_other_version()
     refuse_foreign(**arguments)
     refuse_places(arguments, config)
+    if config.compile:
+        refuse_compiling("--compile", arguments.get("strategy"), bool(config.tpu_cores))
     taken = {name: value for name, value in arguments.items() if name not in ("devices", "num_nodes", "accelerator")}
     if taken.get("strategy") == "auto":
         del taken["strategy"]

@@ -19,15 +19,19 @@ LOOK_UP = type(os.environ).__getitem__.__code__
 
 @contextmanager
 def watching_for_the_rank() -> Iterator[list[str]]:
-    """Lists who asks for the rank of this process, or their number, in the `with`."""
+    """Lists who asked for the rank of this process, or their number, in the `with`, once that has ended.
+
+    Who copies all of the environment, as Ray Data does for its log, asks for nothing.
+    """
     asked: list[str] = []
+    looked_up: list[str] = []
 
     def watch(frame: Any, event: str, _: Any) -> None:
         code = frame.f_code
         if code.co_name in FUNCTIONS:
             asked.append(code.co_name)
-        elif code is LOOK_UP and frame.f_locals["key"] in VARIABLES:
-            asked.append(frame.f_locals["key"])
+        elif code is LOOK_UP:
+            looked_up.append(frame.f_locals["key"])
 
     before = sys.gettrace()
     sys.settrace(watch)
@@ -35,6 +39,17 @@ def watching_for_the_rank() -> Iterator[list[str]]:
         yield asked
     finally:
         sys.settrace(before)
+        asked += [name for name in without_copies(looked_up) if name in VARIABLES]
+
+
+def without_copies(looked_up: list[str]) -> list[str]:
+    """The variables that were looked up, but for where all of them were, one after the other."""
+    whole, rest, at = [*os.environ], list[str](), 0
+    while at < len(looked_up):
+        copied = looked_up[at : at + len(whole)] == whole
+        rest += [] if copied else [looked_up[at]]
+        at += len(whole) if copied else 1
+    return rest
 
 
 def digest(drawn: Any) -> int:

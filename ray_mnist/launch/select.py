@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from ray_mnist.checks import preflight
 from ray_mnist.cli import console
+from ray_mnist.compiling import refuse_compiled_in_place
 from ray_mnist.config import RunConfig
 from ray_mnist.data import MNISTDataModule
 from ray_mnist.errors import RequestError
@@ -137,6 +138,7 @@ def check_serializable_job(job: Job) -> None:
     """Raises RequestError unless the job can be sent to other processes."""
     from ray_mnist.distributed.serialization import check_serializable
 
+    refuse_compiled_in_place(job.model)
     if "datamodule" in job.data:
         job.data["datamodule"].trainer = None  # of a run before, in this process
     check_serializable(

@@ -68,6 +68,7 @@ class Plan:
             checkpoint_every_s=self.config.checkpoint_every_s,
             allow_nan=self.config.allow_nan,
             profile=self.config.profile,
+            compile=self.config.compile,
             monitor=(self.metric, self.mode),
             with_test=False,
             lightning=self.lightning | space.of_trainer(parameters) | loggers,

@@ -1,6 +1,11 @@
 """Prints docs/lightning.md, what differs from Lightning: `PYTHONPATH=tests python -m conformance.table`."""
 
-from conformance import programs_arguments, programs_callbacks, programs_calls  # noqa: F401  (they fill the table)
+from conformance import (  # noqa: F401  (they fill the table)
+    programs_arguments,
+    programs_callbacks,
+    programs_calls,
+    programs_models,
+)
 from conformance.harness import PROGRAMS, Program
 
 # Lightning's arguments that are answered otherwise here, or refused.
