@@ -314,7 +314,7 @@ def test_help_lists_every_option(run: Run, capsys: pytest.CaptureFixture[str]) -
     options = [flag(option.name) for option in dataclasses.fields(RunConfig)]
     assert end.value.code == 0
     assert [option for option in [*options, "--config", *parser.SHORT] if option not in words] == []
-    assert len(options) == 18
+    assert len(options) == 19
 
 
 @pytest.mark.parametrize("name", early.OURS)
