@@ -13,9 +13,10 @@ import pytest
 import pytorch_lightning as pl
 import ray
 from conftest import wait_until
+from ray._private.worker import Worker
 from ray_state import actors, placement_groups
 
-from ray_mnist import ConvModel, MNISTDataModule, RequestError, SimpleModel, Trainer, TrainingError
+from ray_mnist import ConvModel, MNISTDataModule, RequestError, SimpleModel, Trainer, TrainingError, ray_internals
 from ray_mnist.config import RunConfig
 from ray_mnist.launch import keeping
 from ray_mnist.launch.keeping import KEEPER, Keeper, needs
@@ -166,6 +167,7 @@ def test_a_ray_of_its_own_stays_too_and_ends_with_the_process(tmp_path: Path) ->
 def test_the_watch_outlives_a_ray_that_ends_as_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     keeper = Keeper()
     monkeypatch.setattr(keeping, "session", lambda: keeper.session)  # as it was when the watch looked
+    monkeypatch.setattr(ray_internals, "global_worker", Worker())  # of no Ray, as it is a moment later
     keeper.wait(3600)
     wait_until(keeper.called.is_set, 60, "what is kept to be given back")
 

@@ -100,6 +100,7 @@ def attach(name: str, address: str | None) -> None:
         jobs = [job for job in client.list_jobs() if job.submission_id]
     found = [job for job in jobs if name in (name_of(job), job.submission_id)]
     if not found:
+        jobs.sort(key=lambda job: job.start_time or 0, reverse=True)
         others = ", ".join(dict.fromkeys(map(name_of, jobs)))
         raise RequestError(
             f"--attach {name}: the cluster at {client.get_address()} has no such run, "
