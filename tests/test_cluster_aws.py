@@ -108,7 +108,8 @@ def test_up_train_leave_a_spot_machine_on_its_notice_and_down(cloud: Cloud, gloo
         until="pause.HERE[0].stop.is_set() or "
         f'boto3.client("s3").list_objects_v2(Bucket="{BUCKET}", Prefix="go")["KeyCount"]'
     )
-    (laptop.project / "ray_mnist/held.py").rename(laptop.project / "held.py")  # which `ray up` does not copy
+    (laptop.project / "mine").mkdir()  # a folder that `ray up` does not copy
+    (laptop.project / "ray_mnist/held.py").rename(laptop.project / "mine/held.py")
 
     def aws(call: str) -> Any:
         ask = f"import boto3, json, sys; json.dump(boto3.{call}, sys.stdout, default=str)"
@@ -126,11 +127,11 @@ def test_up_train_leave_a_spot_machine_on_its_notice_and_down(cloud: Cloud, gloo
     laptop.do("ray get-auth-token --generate")
     laptop.do(f"ray up -y {FILE}")
     assert len(cloud.machines) == 1
-    # The file is on the head alone, as people's own code is: the machines that are yet to come get it from there.
-    laptop.do(f"ray rsync-up {FILE} held.py /home/ubuntu/ray_mnist/held.py")
+    # On the head alone, as people's own code is: the machines that are yet to come get it from there.
+    laptop.do(f"ray rsync-up {FILE} mine/ mine")
 
     train = "python -m ray_mnist.train --dataset digits --num-workers 3 --max-epochs 3 --name run --model held.Held"
-    command = in_project(f"ray exec {FILE} '{train} --max-failures 0'")
+    command = in_project(f"ray exec {FILE} 'cd mine && {train} --max-failures 0'")
     run = laptop.start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         wait_for("metrics.csv")
