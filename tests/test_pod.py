@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,10 +135,10 @@ def test_the_outcome_is_the_host_s_that_has_it(cluster: LocalCluster, monkeypatc
         return (job, cores) if ranks == cores else None
 
     monkeypatch.setattr(pod, "train_on_host", train_on_host)
-    job: Any = "the job"
+    job: Any = SimpleNamespace(name="the job")
     told: list[Any] = []
     with pod.reserved(16, 60, silence) as hosts:
-        assert pod.launch(job, hosts, told.append) == ("the job", 4)  # type: ignore[comparison-overlap]
+        assert pod.launch(job, hosts, told.append) == (job, 4)  # type: ignore[comparison-overlap]
     assert {event.row["epoch"] for event in told} == {4, 8, 12, 16}
 
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def jobs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
     def take(job: Any, config: Any, keep_s: float) -> Iterator[Any]:
         check_serializable_job(job)
-        sent.append(cloudpickle.dumps(job))
+        sent.append(BytesIO(cloudpickle.dumps(job)))
         raise InterruptedError
         yield
 
