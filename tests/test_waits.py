@@ -137,7 +137,7 @@ def test_the_progress_is_told_with_the_first_batch_after_its_loss_has_arrived(mo
     told: list[Any] = []
     reporter = ProgressReporter(told.append, LossWeighting(), clock=lambda: 1.0)
     trainer: Any = SimpleNamespace(world_size=1, current_epoch=0, training=True, num_training_batches=9)
-    vars(trainer).update(state=SimpleNamespace(stage="train"), train_dataloader=[])
+    vars(trainer).update(state=SimpleNamespace(stage="train"), train_dataloader=[], global_step=0)
     for batch in range(4):
         for loss in on_their_way:
             loss.here = batch == 2
