@@ -13,6 +13,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from conftest import wait_until
 from lightning_utilities.core.imports import RequirementCache
 from mlflow.tracking import MlflowClient
 from PIL import Image
@@ -95,12 +96,18 @@ def records(file: Path) -> Iterator[Any]:
             part = b""
 
 
+def is_written(file: Path) -> bool:
+    """Whether W&B's own process is done with it, which it may be some time after `finish` has returned."""
+    return any(record.HasField("exit") for record in records(file))
+
+
 class WandbRun:
-    """What all files that belong to one run say together."""
+    """What all files that belong to one run say together; the last of them belongs to a process that finished."""
 
     def __init__(self, folder: Path) -> None:
         self.ids: set[str] = set()
         self.files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+        wait_until(lambda: is_written(self.files[-1]), 120, f"{self.files[-1]} to be written")
         self.config: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.artifacts: list[str] = []
