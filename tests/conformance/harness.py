@@ -9,10 +9,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_utilities.core.inheritance import get_all_subclasses
 from reference import QUIET, lightning, same
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from ray_mnist import Trainer
 
@@ -57,6 +58,7 @@ def differing(name: str, folder: Path, num_workers: int) -> dict[str, str]:
         pl.seed_everything(7, verbose=False)
         (folder / who).mkdir(parents=True)
         found.append(row.run(partial(make, default_root_dir=folder / who, logger=False), folder / who))
+        undo_patches()
     theirs, ours_ = found
     assert set(theirs) == set(ours_)
     differences = {}
@@ -66,6 +68,19 @@ def differing(name: str, folder: Path, num_workers: int) -> dict[str, str]:
         except AssertionError as difference:
             differences[what] = str(difference)
     return differences
+
+
+def undo_patches() -> None:
+    """What Lightning forgets where a hook that makes loaders raises: the classes of loaders keep its patches.
+
+    Loaders that are made later in this process would carry a record with which they cannot be made again in a worker.
+    """
+    for base in (DataLoader, BatchSampler):
+        for kind in get_all_subclasses(base) | {base}:
+            for name in ("__setattr__", "__delattr__", "__init__"):
+                if f"__old{name}" in vars(kind):
+                    setattr(kind, name, getattr(kind, f"__old{name}"))
+                    delattr(kind, f"__old{name}")
 
 
 def make_ours(storage: Path, num_workers: int, number: Any, **arguments: Any) -> Trainer:
