@@ -1,15 +1,12 @@
 """What goes along with a worker's training.
 
-Recorder measures and checkpoints; FiniteLoss ends what diverges; Randomness seeds each step; Mistakes looks at
-the test.
+Recorder measures and checkpoints; Randomness seeds each step.
 """
 
 import math
 import time
 import uuid
 import warnings
-from collections import Counter, deque
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,14 +15,12 @@ import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
-from torch import Tensor
 
-from ray_mnist.arrival import Arrival
 from ray_mnist.distributed.agreement import RankZero
-from ray_mnist.distributed.collectives import common_to_all, gather, total
+from ray_mnist.distributed.collectives import common_to_all, total
 from ray_mnist.distributed.loaders import samples_seen
 from ray_mnist.distributed.sharding import seed_cpu
-from ray_mnist.errors import Stopped, TrainingError
+from ray_mnist.errors import Stopped
 from ray_mnist.lightning_internals import saves_shards
 from ray_mnist.run.folder import CHECKPOINT, Part, checkpoint_name
 from ray_mnist.run.outcome import Row
@@ -198,79 +193,6 @@ def versions(module: LightningModule) -> list[int]:
     return [weight._version for weight in module.parameters()]
 
 
-class FiniteLoss(Callback):
-    """Ends the training where the loss, or at a checkpoint a weight, is not finite any more.
-
-    Each rank looks at its own, for a look at another's would be a collective in each step. When one raises, the others
-    are ended as after any error. A checkpoint cannot be complete then: all ranks have to look before they save one.
-    """
-
-    LOOK_EVERY = 50  # batches, at losses that have arrived meanwhile from a device that is not the CPU
-
-    def __init__(self) -> None:
-        self.unseen: list[tuple[int, Any, Tensor]] = []  # step, learning rate and loss
-        self.coming: deque[tuple[list[tuple[int, Any]], Arrival]] = deque()  # steps and rates, and their losses
-        self.step, self.rate = 0, None
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keeps the learning rate, which is the next step's when the batch ends."""
-        self.step = trainer.global_step + 1
-        self.rate = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else None
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Takes the loss."""
-        if (loss := loss_of(outputs)) is not None:
-            if loss.device.type == "cpu":
-                check_finite(trainer, self.step, self.rate, loss.item())
-                return
-            self.unseen.append((self.step, self.rate, loss.detach()))
-            if len(self.unseen) == self.LOOK_EVERY:
-                self._send()
-                self._look(trainer, wait=False)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Looks before anybody saves: what comes of a loss that was finite may be weights that are not."""
-        if self.unseen:
-            self._send()
-        self._look(trainer, wait=True)
-        if not all(weight.detach().isfinite().all() for weight in pl_module.parameters() if weight.requires_grad):
-            raise diverged(f"a weight is not finite after step {trainer.global_step}", trainer, self.rate)
-
-    def _send(self) -> None:
-        unseen, self.unseen = self.unseen, []
-        losses = Arrival(torch.cat([loss.reshape(1) for *_, loss in unseen]))
-        self.coming.append(([(step, rate) for step, rate, _ in unseen], losses))
-
-    def _look(self, trainer: Trainer, wait: bool) -> None:
-        while self.coming and (wait or self.coming[0][1].is_here()):
-            steps, losses = self.coming.popleft()
-            for (step, rate), value in zip(steps, losses.values().tolist(), strict=True):
-                check_finite(trainer, step, rate, value)
-
-
-def check_finite(trainer: Trainer, step: int, rate: Any, loss: float) -> None:
-    """Raises TrainingError unless the loss of a step is finite."""
-    if not math.isfinite(loss):
-        raise diverged(f"the loss is {loss} in step {step}", trainer, rate)
-
-
-def loss_of(outputs: Any) -> Tensor | None:
-    """The loss, of one element, in what `training_step` returned; nothing else is the same thing in all models."""
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
-
-
-def diverged(what: str, trainer: Trainer, rate: Any) -> TrainingError:
-    """The sentence, with the learning rate of the step."""
-    at = "" if rate is None else f", with learning rate {float(rate):g}"
-    return TrainingError(
-        f"diverged: {what} on rank {trainer.global_rank}{at}: checkpoints from before are kept, use a lower rate, or "
-        "--allow-nan to go on all the same."
-    )
-
-
 class Randomness(Callback):
     """Makes what a training step draws (dropout, augmentation) a function of seed, rank, epoch and batch alone.
 
@@ -290,83 +212,3 @@ class Randomness(Callback):
         for devices in (torch.cuda, torch.xpu):
             if devices.is_initialized():
                 devices.manual_seed_all(seed)
-
-
-class Mistakes(Callback):
-    """Counts the test samples and, where `test_step` returns `logits`, finds confusion and the worst mistakes.
-
-    After the test rank 0 has those of all ranks: `confusion`, how often each pair of label and prediction occurred
-    among `classes` classes, and `worst`, the mistakes that the model was surest of. `first_layer` has the weights
-    of the model's first layer, float (N, C, height, width), if they can be shown as pictures.
-    """
-
-    def __init__(self, keep: int = 25) -> None:
-        self.keep = keep
-        self.samples = self.classes = 0
-        self.confusion = Counter[tuple[int, int]]()
-        self.worst: list[dict[str, Any]] = []
-        self.first_layer: np.ndarray | None = None
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        """Adds the batch."""
-        if not (isinstance(outputs, dict) and is_labelled(batch) and is_multiclass(outputs.get("logits"))):
-            return
-        (images, labels), logits = batch, outputs["logits"]
-        self.classes = logits.shape[1]
-        if self.first_layer is None:
-            self.first_layer = first_layer(pl_module, images.shape[1:])
-        chance, predicted = logits.softmax(dim=1).max(dim=1)
-        # Pairs, and not a matrix of all classes, which may be many. A label may be none of them, to be ignored.
-        pairs = zip(labels.tolist(), predicted.tolist(), strict=True)
-        self.confusion.update(pair for pair in pairs if 0 <= pair[0] < self.classes)
-        # As many as are kept, right ones last: a number of its own for each batch would be compiled anew on a TPU.
-        sureness, worst = chance.masked_fill(predicted == labels, -1).topk(min(self.keep, len(labels)))
-        found = (images[worst].float(), labels[worst], predicted[worst], sureness)
-        self.worst += [
-            {"image": image.numpy(), "label": int(label), "predicted": int(guess), "chance": float(chance)}
-            for image, label, guess, chance in zip(*(each.cpu() for each in found), strict=True)
-            if chance >= 0 and 0 <= label < self.classes
-        ]
-        self._sort()
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Brings the ranks' findings together on rank 0."""
-        self.samples = int(total(trainer, samples_seen(trainer.test_dataloaders)))
-        found = gather(trainer, (self.confusion, self.worst))
-        self.confusion = sum((confusion for confusion, _ in found), Counter())
-        self.worst = [mistake for _, worst in found for mistake in worst]
-        self._sort()
-
-    def _sort(self) -> None:
-        self.worst = sorted(self.worst, key=lambda mistake: -mistake["chance"])[: self.keep]
-
-
-def first_layer(model: LightningModule, shape: torch.Size) -> np.ndarray | None:
-    """The weights (N, C, height, width) of a model's first layer, if it is linear or convolves, and fits the images.
-
-    Args:
-        model: the model.
-        shape: of an image: C, height, width.
-    """
-    if len(shape) != 3:
-        return None
-    weight = next((weight for weight in model.parameters() if weight.ndim > 1), None)
-    if type(weight) is not torch.nn.Parameter:  # one that is shared out over the ranks is of another class
-        return None
-    if weight.ndim == 2 and weight.shape[1] == shape.numel():
-        return weight.detach().float().cpu().reshape(-1, *shape).numpy()
-    return weight.detach().float().cpu().numpy() if weight.ndim == 4 and weight.shape[1] == shape[0] else None
-
-
-def is_labelled(batch: Any) -> bool:
-    """Whether a batch is a pair of inputs and class labels."""
-    if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
-        return False
-    return batch[1].ndim == 1 and not batch[1].is_floating_point()
-
-
-def is_multiclass(logits: Any) -> bool:
-    """Whether these are the logits of samples that belong to one of several classes each."""
-    return isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] > 1

@@ -9,9 +9,9 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ray_mnist.arrival import Arrival
-from ray_mnist.callbacks import loss_of
 from ray_mnist.distributed.loaders import samples_seen, seconds_waited
 from ray_mnist.distributed.weighting import LossWeighting
+from ray_mnist.divergence import loss_of
 from ray_mnist.run.events import Progress, Tell
 from ray_mnist.run.folder import step_of
 from ray_mnist.run.progress import STAGES

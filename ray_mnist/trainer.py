@@ -1,17 +1,14 @@
 """Trainer: the one line that users change. It picks where to launch."""
 
 import math
-import pickle
 import time
 import uuid
-import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-import torch
 import yaml
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
@@ -29,7 +26,7 @@ from ray_mnist.run.outcome import Evaluation, Outcome, TrainerState
 from ray_mnist.run.records import read_metrics
 from ray_mnist.run.report import Result
 from ray_mnist.run.shards import whole_file
-from ray_mnist.run.trust import refused
+from ray_mnist.run.weights import load_weights
 from ray_mnist.worker import Job
 
 KEEP_WORKERS_S = 60
@@ -406,32 +403,3 @@ class Trainer:
         whole = self.full_config or report.whole_config(self.config, model, data, folder.name)
         whole = {**whole, "name": folder.name, "resume": False}
         folder.write("config.yaml", yaml.safe_dump(whole, sort_keys=False))
-
-
-def load_weights(model: pl.LightningModule, location: str, weights_only: bool = True) -> None:
-    """Gives `model` a checkpoint's weights, in place, as Lightning would.
-
-    Raises:
-        RequestError: it holds more than tensors and plain types, and `weights_only` is true.
-    """
-    with ExitStack() as copy:
-        try:
-            path = copy.enter_context(whole_file(location, weights_only))
-            assert path
-            checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
-        except pickle.UnpicklingError as error:
-            raise refused(location) from error
-        model.on_load_checkpoint(checkpoint)
-        trained = checkpoint["state_dict"]
-        if not trained.keys() <= model.state_dict().keys():  # what else it does, such as sharding, is for the workers
-            model.configure_model()
-        try:
-            for name, weight in model.state_dict(keep_vars=True).items():
-                weight.data = weight.data.to(trained[name].dtype) if name in trained else weight.data
-            model.load_state_dict(trained, strict=model.strict_loading)
-        except RuntimeError as error:
-            warnings.warn(
-                f"The model object keeps its weights, since those trained do not fit it ({error}): layers made in "
-                f"setup are only in the workers' copies. The trained ones are in {location}.",
-                stacklevel=3,
-            )

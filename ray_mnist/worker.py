@@ -13,7 +13,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from ray_mnist.callbacks import FiniteLoss, Mistakes, Randomness, Recorder
+from ray_mnist.callbacks import Randomness, Recorder
 from ray_mnist.compiling import compiled
 from ray_mnist.distributed.agreement import RankZero
 from ray_mnist.distributed.collectives import gather
@@ -24,8 +24,10 @@ from ray_mnist.distributed.serialization import fingerprints, public_state, send
 from ray_mnist.distributed.sharding import interleave
 from ray_mnist.distributed.strategy import LoadsOncePerNode, SavesOwnPart, WeighsLosses, extend, shard_loaders
 from ray_mnist.distributed.weighting import LossWeighting
+from ray_mnist.divergence import FiniteLoss
 from ray_mnist.errors import RequestError
 from ray_mnist.lightning_internals import leave_sigterm_alone, spare_each_step
+from ray_mnist.mistakes import Mistakes
 from ray_mnist.profiling import Profile
 from ray_mnist.progress_reporter import ProgressReporter
 from ray_mnist.run.events import CheckpointPassedOver, Event

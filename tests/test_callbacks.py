@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_mnist.callbacks import Mistakes, first_layer
+from ray_mnist.mistakes import Mistakes, first_layer
 from ray_mnist.run import plots
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Outcome, TrainerState

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ray_mnist import Trainer
-from ray_mnist.callbacks import FiniteLoss
+from ray_mnist.divergence import FiniteLoss
 from ray_mnist.errors import TrainingError
 from ray_mnist.launch.failures import describe_all, is_bug
 from ray_mnist.run.folder import RunFolder, checkpoint_name

@@ -28,18 +28,23 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from ray_mnist.launch.local import LocalContext
 from ray_mnist.lightning_internals import (
     REST_OF_SHARDS,
-    continue_wandb,
     leave_sigterm_alone,
-    make_sendable,
     parallel_sizes,
     record_like,
     saves_shards,
     spare_each_step,
 )
+from ray_mnist.lightning_logger_internals import continue_wandb, make_sendable
 from ray_mnist.worker import Job, make_trainer
 
 PACKAGE = Path(__file__).parents[1] / "ray_mnist"
-INTERNALS = ("ray_internals.py", "ray_train_internals.py", "ray_scaling_internals.py", "lightning_internals.py")
+INTERNALS = (
+    "ray_internals.py",
+    "ray_train_internals.py",
+    "ray_scaling_internals.py",
+    "lightning_internals.py",
+    "lightning_logger_internals.py",
+)
 THEIRS = ("ray", "pytorch_lightning", "lightning_fabric")
 # Private names of the standard library and of torch, each in the one file that needs it.
 OTHERS = {

@@ -34,7 +34,7 @@ from ray_mnist.launch import local
 from ray_mnist.run.folder import CHECKPOINT, CHECKSUM, RunFolder, checkpoint_name, checksum_line
 from ray_mnist.run.outcome import Outcome, Row, TrainerState
 from ray_mnist.run.report import write_result
-from ray_mnist.trainer import load_weights
+from ray_mnist.run.weights import load_weights
 
 STEPS_PER_EPOCH = 1151 // 64
 EPOCHS = 3

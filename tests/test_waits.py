@@ -16,8 +16,8 @@ from torch import nn
 
 from ray_mnist import ConvModel, MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.arrival import Arrival
-from ray_mnist.callbacks import FiniteLoss
 from ray_mnist.distributed.weighting import LossWeighting
+from ray_mnist.divergence import FiniteLoss
 from ray_mnist.errors import TrainingError
 from ray_mnist.progress_reporter import ProgressReporter
 
@@ -75,7 +75,7 @@ def test_no_step_reads_what_the_device_computes(
     sent.clear()
     monkeypatch.setattr(FiniteLoss, "LOOK_EVERY", LOOK_EVERY)
     monkeypatch.setattr("ray_mnist.data.mnist.EVALUATION_BATCH", 64)
-    monkeypatch.setattr("ray_mnist.callbacks.Arrival", Coming)
+    monkeypatch.setattr("ray_mnist.divergence.Arrival", Coming)
     monkeypatch.setattr("ray_mnist.progress_reporter.Arrival", Coming)
     elsewhere = Elsewhere()
     trainer = Trainer(max_epochs=1, callbacks=[elsewhere], storage_path=str(tmp_path), name="run")
@@ -112,7 +112,7 @@ class OnGpu(torch.Tensor):
 
 def test_a_loss_is_looked_at_once_it_has_arrived_and_before_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     on_their_way.clear()
-    monkeypatch.setattr("ray_mnist.callbacks.Arrival", OnItsWay)
+    monkeypatch.setattr("ray_mnist.divergence.Arrival", OnItsWay)
     finite, trainer, module = FiniteLoss(), SimpleNamespace(global_step=0, global_rank=0, optimizers=[]), nn.Module()
 
     def step(loss: float) -> None:

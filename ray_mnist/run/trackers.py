@@ -13,7 +13,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import MLFlowLogger, WandbLogger
 
-from ray_mnist import lightning_internals
+from ray_mnist import lightning_logger_internals
 from ray_mnist.errors import RequestError, one_line
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.shards import whole_file
@@ -29,7 +29,7 @@ def trackers(loggers: Iterable[Any]) -> list[Any]:
 def make_sendable(loggers: Iterable[Any]) -> None:
     """Lets this process send and copy the loggers, with the environment's MLFLOW_… and WANDB_…, such as a key."""
     for logger in trackers(loggers):
-        lightning_internals.make_sendable(logger)
+        lightning_logger_internals.make_sendable(logger)
 
 
 def copies(loggers: Any) -> Any:
@@ -42,7 +42,7 @@ def accept_changes(loggers: Iterable[Any]) -> None:
     """Has the loggers, in the process that trains, take a configuration that is not the run's first, until `close`."""
     for logger in trackers(loggers):
         if isinstance(logger, MLFlowLogger):
-            lightning_internals.keep_first_values(logger)
+            lightning_logger_internals.keep_first_values(logger)
 
 
 def begin(folder: RunFolder, loggers: Iterable[Any], elsewhere: bool) -> None:
@@ -63,10 +63,10 @@ def begin(folder: RunFolder, loggers: Iterable[Any], elsewhere: bool) -> None:
         wanted = before[1] if before else None
         try:
             if isinstance(logger, MLFlowLogger):
-                remembered.append((kind, lightning_internals.continue_mlflow(logger, wanted)))
+                remembered.append((kind, lightning_logger_internals.continue_mlflow(logger, wanted)))
                 logger.experiment.update_run(logger.run_id, status="RUNNING")  # one that goes on had ended
             else:
-                remembered.append((kind, lightning_internals.continue_wandb(logger, wanted)))
+                remembered.append((kind, lightning_logger_internals.continue_wandb(logger, wanted)))
         except Exception as error:  # whatever a tracker's library raises
             raise RequestError(f"{kind}: no run can be begun there: {one_line(error)}") from error
     if elsewhere:
@@ -89,7 +89,7 @@ def close(loggers: Iterable[Any]) -> None:
     """Has all that was logged arrive, so that another process can go on with the run, or this one end."""
     for logger in trackers(loggers):
         if isinstance(logger, WandbLogger):
-            lightning_internals.close_wandb(logger)
+            lightning_logger_internals.close_wandb(logger)
         else:
             vars(logger).pop("log_hyperparams", None)  # of `accept_changes`
 
@@ -108,7 +108,7 @@ def hand_over(loggers: Iterable[Any], plots: dict[str, bytes], best: str | None,
                     logger.experiment.log_image(logger.run_id, picture, f"plots/{name}.png")
                 else:
                     logger.log_image(f"plots/{name}", [picture])
-            if best and lightning_internals.takes_checkpoints(logger):
+            if best and lightning_logger_internals.takes_checkpoints(logger):
                 log_checkpoint(logger, best)
         except Exception as error:  # whatever a tracker's library raises
             warnings.warn(

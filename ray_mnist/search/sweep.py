@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,7 +18,7 @@ from ray_mnist.cli.lightning_arguments import for_lightning
 from ray_mnist.config import OPTIONS, RunConfig, SweepConfig, global_seed
 from ray_mnist.data import MNISTDataModule
 from ray_mnist.errors import RequestError, one_line
-from ray_mnist.launch.channel import Sender, over_ray
+from ray_mnist.launch.channel import over_ray
 from ray_mnist.launch.connection import connect, environment, this_folder
 from ray_mnist.launch.ray import bundle, in_thread, with_cpus
 from ray_mnist.run import lock, report
@@ -155,7 +156,7 @@ class Sweep:
             Interrupted.told.clear()
             try:
                 with on_terminal(), over_ray(follow) as send:
-                    tuner = self._tuner(self._plan(folder, send=send), folder, bundles(workers, worker))
+                    tuner = self._tuner(replace(self._plan(folder), send=send), folder, bundles(workers, worker))
                     grid = in_thread(tuner.fit, Interrupted.told.set)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"go on with --resume --name {name}") from None
@@ -281,7 +282,7 @@ class Sweep:
             trial_folder(folder, row.name).keep_only()
         return SweepResult(str(folder), values, rows)
 
-    def _plan(self, folder: RunFolder, **more: Sender) -> Plan:
+    def _plan(self, folder: RunFolder) -> Plan:
         return Plan(
             build=self.build,
             config=self.placed,
@@ -290,7 +291,6 @@ class Sweep:
             mode=self.sweep.mode,
             storage_path=trials_in(folder),
             folder=this_folder(),
-            **more,
         )
 
     def _test(self, folder: RunFolder, parameters: dict[str, Any]) -> dict[str, float]:
