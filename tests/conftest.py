@@ -47,6 +47,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_collection_finish() -> None:
+    """Starts the process that is forked for others: it keeps the environment, which is yet as before all tests."""
+    if "processes" in sys.modules:
+        from multiprocessing import forkserver  # not before `pytest_configure`, see there
+
+        forkserver.ensure_running()
+
+
 @pytest.fixture(scope="session")
 def mnist_files() -> Path:
     """The four published MNIST files, gzipped: the shared folder beside the checkout."""

@@ -9,12 +9,13 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from multiprocessing import connection, get_context, parent_process, set_start_method
+from multiprocessing import connection, parent_process, set_start_method
 from multiprocessing.connection import Connection
 from typing import Any
 
 import ray.train
 import torch.distributed as dist
+from processes import processes
 from ray import cloudpickle
 from ray.train.torch import TorchTrainer
 
@@ -32,12 +33,6 @@ from ray_mnist.worker import Job
 
 JOB_S = 600  # all that a job may take
 PEERS_S = 10  # what the others may take once one has failed: they notice that it is gone, unless they are stuck
-
-processes = get_context("forkserver")
-# The last are what an optimizer, a strategy, the digits and what the tests define import.
-processes.set_forkserver_preload(
-    ["ray_mnist.launch.ray", "ray_mnist.trainer", "torch._dynamo", "ray.tune", "sklearn.datasets", "pytest"]
-)
 
 
 def on_gloo(job: Job, config: RunConfig, _: float) -> Iterator[tuple[str, Any]]:

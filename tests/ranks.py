@@ -9,7 +9,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch.distributed as dist
-from gloo_workers import die_with_the_tests, processes
+from gloo_workers import die_with_the_tests
+from processes import processes
 from ray import cloudpickle
 
 ANSWER_S = 240

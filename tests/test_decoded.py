@@ -17,14 +17,13 @@ import psutil
 import pytest
 import torch
 from conftest import altered, wait_until
+from processes import processes
 
 from ray_mnist import MNISTDataModule
 from ray_mnist.data import decoded, sources
 from ray_mnist.data.sources import MNIST_FILES
 from ray_mnist.distributed.orders import EpochOrder
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["ray_mnist.data.download", "ray_mnist.data"])
 CIFAR10_BYTES = 60_000 * 3 * 32 * 32
 
 
@@ -115,8 +114,8 @@ def check(data_dir: Path, temporary: Path, parent: Connection) -> None:
 
 
 def test_processes_hold_the_data_once_together(large_data_dir: Path, temporary: Path) -> None:
-    pipes = [PROCESSES.Pipe() for _ in range(3)]
-    children = [PROCESSES.Process(target=train, args=(large_data_dir, temporary, there)) for _, there in pipes]
+    pipes = [processes.Pipe() for _ in range(3)]
+    children = [processes.Process(target=train, args=(large_data_dir, temporary, there)) for _, there in pipes]
     try:
         for child in children:
             child.start()
@@ -134,8 +133,8 @@ def test_processes_hold_the_data_once_together(large_data_dir: Path, temporary: 
 
 
 def test_the_check_keeps_none_of_the_data(large_data_dir: Path, temporary: Path) -> None:
-    here, there = PROCESSES.Pipe()
-    child = PROCESSES.Process(target=check, args=(large_data_dir, temporary, there))
+    here, there = processes.Pipe()
+    child = processes.Process(target=check, args=(large_data_dir, temporary, there))
     child.start()
     grown = here.recv()
     child.join()

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import altered, every_damage
-from gloo_workers import processes
 from PIL import Image
+from processes import processes
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 

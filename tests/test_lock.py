@@ -18,7 +18,7 @@ import pyarrow.fs
 import pytest
 import pytorch_lightning as pl
 from conftest import wait_until
-from gloo_workers import processes
+from processes import processes
 
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer, tune
 from ray_mnist.run import lock

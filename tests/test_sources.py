@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import io
 import logging
-import multiprocessing
 import os
 import pickle
 import socket
@@ -17,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -25,16 +23,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import wait_until
+from processes import processes
 from torchvision import datasets
 
 from ray_mnist.data import download, sources
 from ray_mnist.data.download import prepare
 from ray_mnist.data.sources import MNIST_FILES, SOURCES, load
 from ray_mnist.errors import RequestError
-
-# One clean process that has imported all and forks the rest: a child starts at once, and without our threads.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["ray_mnist.data.download"])
 
 
 class Mirror(ThreadingHTTPServer):
@@ -88,12 +83,6 @@ def serving(folder: Path, damage: Callable[[bytes], bytes] = bytes) -> Iterator[
         mirror.shutdown()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def clean_process() -> None:
-    """Its imports take seconds, so let them run beside the first tests."""
-    forkserver.ensure_running()
-
-
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
@@ -145,7 +134,7 @@ def fetch(data_dir: Path, url: str, log: Path) -> None:
 @contextmanager
 def fetching(data_dir: Path, mirror: Mirror) -> Iterator[tuple[BaseProcess, Path]]:
     log = data_dir.with_name(f"{time.monotonic_ns()}.log")
-    child = PROCESSES.Process(target=fetch, args=(data_dir, mirror.url, log))
+    child = processes.Process(target=fetch, args=(data_dir, mirror.url, log))
     child.start()
     try:
         yield child, log

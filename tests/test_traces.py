@@ -20,7 +20,7 @@ import pytest
 import pytorch_lightning as pl
 import ray.train
 import torch
-from gloo_workers import processes
+from processes import processes
 from ranks import on_ranks
 from ray import cloudpickle
 from ray.train.torch import TorchTrainer

@@ -17,7 +17,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import use_s3_at, wait_until
-from gloo_workers import processes
+from processes import processes
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.callbacks import Recorder
