@@ -27,6 +27,7 @@ from ray_mnist.ray_train_internals import StartedController
 WORKERS = 2
 VICTIMS = ("worker", "node", "controller", "driver")
 STALL_TIMEOUT_S = 10  # of the runs
+SPARES_S = 60  # of those whose workers wait for the spare ones
 PAUSE_S = 5  # for which a driver or a controller stalls, which nobody starts again while they live
 RUN_S = 600  # that a run may take in all
 END_S = 120  # in which all that a run has started is gone after it
@@ -210,10 +211,12 @@ def blow(schedule: Schedule, struck: list[Any], folder: Path) -> float:
     return at
 
 
-def carry_out(schedule: Schedule, folder: Path, cluster: Nodes, expected: dict[str, Any]) -> Outcome:
-    """A run in `folder`, which is struck; `expected` is what it should come to."""
+def carry_out(schedule: Schedule, folder: Path, cluster: Nodes, expected: dict[str, Any], spares: int = 0) -> Outcome:
+    """A run in `folder`, which is struck once it has so many `spares`; `expected` is what it should come to."""
     outcome = Outcome(schedule)
     aim = {name: getattr(schedule, name) for name in ("moment", "step", "rank", "dropout")}
+    if spares:
+        aim |= {"spares": spares, "stall_timeout": SPARES_S}
     before, reached, struck_at = temporary(), dict[str, Any](), 0.0
     driver = start(folder, cluster, **aim)
     try:
