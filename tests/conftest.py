@@ -71,6 +71,19 @@ def without_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr("ray_mnist.run.plots.draw", lambda *_: {})
 
 
+@pytest.fixture(autouse=True)
+def unseeded() -> Iterator[None]:
+    """Nobody has called `seed_everything`, which writes into the environment, and no later test learns who does."""
+    forget_seeds()
+    yield
+    forget_seeds()
+
+
+def forget_seeds() -> None:
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture
 def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `python -m ray_mnist.<module> <arguments>` as a person would, in a folder of its own."""

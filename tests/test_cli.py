@@ -38,8 +38,6 @@ Run = Callable[..., Outcome]
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """`python -m ray_mnist.train <arguments>` in this process, in the folder `tmp_path`: (status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # put back afterwards: every run sets them
-        monkeypatch.setenv(name, "0")
     monkeypatch.setenv("no_proxy", "*")
 
     def call(*arguments: str) -> Outcome:

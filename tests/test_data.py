@@ -25,14 +25,6 @@ from ray_mnist.distributed.loaders import ShardedLoader
 from ray_mnist.distributed.sharding import shard_evaluation, shard_training
 
 
-@pytest.fixture(autouse=True)
-def no_global_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody has called `seed_everything`, and what a test calls is forgotten after it."""
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        monkeypatch.setenv(name, "0")
-        monkeypatch.delenv(name)
-
-
 def refusal(call: Callable[[], object]) -> str:
     """The one line that a call is refused with."""
     with pytest.raises(RequestError) as error:

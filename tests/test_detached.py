@@ -33,8 +33,6 @@ def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(preflight, "this_machines_cluster", lambda: None)
     monkeypatch.setenv(detached.API_SERVER, "")  # put back afterwards
     monkeypatch.setenv("no_proxy", "*")
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        monkeypatch.setenv(name, "0")
 
     def call(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["train", *arguments])

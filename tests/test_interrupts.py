@@ -1,4 +1,4 @@
-"""Ctrl-C ends what was started in a cluster that goes on, and leaves the folder to whoever resumes."""
+"""Ctrl-C and SIGTERM end what was started in a cluster that goes on, and leave the folder to whoever resumes."""
 
 import os
 import signal
@@ -25,24 +25,24 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 @contextmanager
-def ctrl_c_once(condition: Callable[[], bool]) -> Iterator[None]:
-    """A person who presses it once the condition holds; nothing is left of what runs in the `with`."""
+def ended_by(number: signal.Signals, condition: Callable[[], bool]) -> Iterator[None]:
+    """Gets the signal once the condition holds; nothing is left of what runs in the `with`."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` would have it be ignored
-    pressed = threading.Event()
+    sent = threading.Event()
 
-    def press() -> None:
-        wait_until(condition, 600, "the time for Ctrl-C")
-        pressed.set()
-        os.kill(os.getpid(), signal.SIGINT)
+    def send() -> None:
+        wait_until(condition, 600, f"the time for {number.name}")
+        sent.set()
+        os.kill(os.getpid(), number)
 
-    person = threading.Thread(target=press, daemon=True)
-    person.start()
+    threading.Thread(target=send, daemon=True).start()
+    raised, says = (SystemExit, "143") if number == signal.SIGTERM else (KeyboardInterrupt, "go on with")
     try:
-        with pytest.raises(KeyboardInterrupt, match="go on with"):
+        with pytest.raises(raised, match=says):
             yield
     finally:
         signal.signal(signal.SIGINT, before)
-    assert pressed.is_set()
+    assert sent.is_set()
     wait_until(lambda: not actors() and not placement_groups(), 600, "the processes to end")
 
 
@@ -51,24 +51,29 @@ def test_a_run_ends_in_a_cluster_that_goes_on(when: str, tmp_path: Path) -> None
     folder = RunFolder(str(tmp_path), "run")
     trainer = Trainer(num_workers=2, max_epochs=1000, storage_path=str(tmp_path), name="run")
     moments = {"starting": lambda: STARTING in actors(), "training": lambda: bool(folder.checkpoints())}
-    with ctrl_c_once(moments[when]):
+    with ended_by(signal.SIGINT, moments[when]):
         trainer.fit(SimpleModel(), MNISTDataModule("digits"))
     assert ray.is_initialized()
     assert not list(tmp_path.glob(f"run/{CLAIM}*"))
 
 
 @pytest.mark.slow
-def test_a_sweep_ends_in_a_cluster_that_goes_on_and_resumes(tmp_path: Path) -> None:
+def test_a_sweep_ends_in_a_cluster_that_goes_on_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    resumed = tmp_path / "resumed"
+
     def sweep(**options: Any) -> Any:
         names = {"storage_path": str(tmp_path), "name": "sweep", "search": "grid", "scheduler": "fifo", "max_epochs": 2}
-        callbacks = [Held(tmp_path / "resumed")]
+        callbacks = [Held(resumed)]
         space, data = {"model.lr": [0.01, 0.02]}, {"dataset": "digits"}
         return tune(SimpleModel, MNISTDataModule, space, data=data, callbacks=callbacks, **names, **options)
 
-    with ctrl_c_once(lambda: len(list(tmp_path.glob("sweep/trials/*/metrics.csv"))) == 2):
+    with ended_by(signal.SIGINT, lambda: len(list(tmp_path.glob("sweep/trials/*/metrics.csv"))) == 2):
         sweep()
     assert not list(tmp_path.glob(f"sweep/{CLAIM}*"))
-    (tmp_path / "resumed").touch()
+    with ended_by(signal.SIGTERM, lambda: "Trial" in actors()):
+        sweep(resume=True)
+    assert "terminated: go on with --resume --name sweep\n" in capsys.readouterr().err
+    resumed.touch()
     result = sweep(resume=True)
     assert [row.status for row in result.trials] == ["done", "done"]
     assert [[row["epoch"] for row in trial.history] for trial in result.trials] == [[1, 2], [1, 2]]

@@ -41,16 +41,6 @@ EPOCHS = 3
 LAST = EPOCHS * STEPS_PER_EPOCH
 
 
-@pytest.fixture(scope="module", autouse=True)
-def environment_as_before() -> Iterator[None]:
-    """`seed_everything` writes into the environment."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-            patch.setenv(name, "0")
-            patch.delenv(name)
-        yield
-
-
 class Stopped(Exception):
     """The run broke off."""
 

@@ -114,8 +114,6 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def predict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """`python -m ray_mnist.predict <arguments>` in this process: (status, stdout, stderr)."""
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # put back afterwards: building a model sets them
-        monkeypatch.setenv(name, "0")
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])

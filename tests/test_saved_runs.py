@@ -27,8 +27,6 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         arguments = ["--dataset", "digits", "--max-epochs", "2", "--seed", "3", "--storage-path", str(folder)]
         patch.setattr(sys, "argv", ["train", *arguments, "--name", "shell"])
-        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-            patch.setenv(name, "0")
         assert console.exit_status(train.train) == 0
         trainer = Trainer(max_epochs=1, storage_path=str(folder), name="python", logger=False)
         trainer.fit(SimpleModel(lr=0.01), MNISTDataModule("digits"))
@@ -43,8 +41,6 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """A command with arguments, in this process: (status, stdout, stderr)."""
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        monkeypatch.setenv(name, "0")
 
     def call(command: Callable[[], object], *arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, arguments)])

@@ -17,10 +17,11 @@ from ray_mnist.cli import console
 from ray_mnist.cli.lightning_arguments import for_lightning
 from ray_mnist.config import OPTIONS, RunConfig, SweepConfig, global_seed
 from ray_mnist.data import MNISTDataModule
-from ray_mnist.errors import RequestError, one_line
+from ray_mnist.errors import RequestError, Stopped, one_line
 from ray_mnist.launch.channel import over_ray
 from ray_mnist.launch.connection import connect, environment, this_folder
 from ray_mnist.launch.ray import bundle, in_thread, with_cpus
+from ray_mnist.launch.termination import on_sigterm
 from ray_mnist.run import lock, report
 from ray_mnist.run.folder import RunFolder, checkpoint_name
 from ray_mnist.run.records import read_metrics, to_json
@@ -61,6 +62,7 @@ def tune(
     Raises:
         RequestError: the sweep cannot start; nothing was written.
         TrainingError: no trial succeeded.
+        SystemExit: SIGTERM came; the exit status is 143, and `resume=True` goes on from each trial's last checkpoint.
     """
     own = {name: arguments.pop(name) for name in SweepConfig.__dataclass_fields__ if name in arguments}
     fixed = {"model": dict(model or {}), "data": dict(data or {})}
@@ -155,11 +157,12 @@ class Sweep:
             console.say(f"{workers} worker{'s' * (workers > 1)} a trial, Ray {cluster}; sweep folder {folder}")
             Interrupted.told.clear()
             try:
-                with on_terminal(), over_ray(follow) as send:
+                with on_sigterm(Interrupted.told.set), on_terminal(), over_ray(follow) as send:
                     tuner = self._tuner(replace(self._plan(folder), send=send), folder, bundles(workers, worker))
                     grid = in_thread(tuner.fit, Interrupted.told.set)
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(f"go on with --resume --name {name}") from None
+            except (KeyboardInterrupt, Stopped) as end:
+                advice = f"go on with --resume --name {name}"
+                raise console.terminated(advice) if isinstance(end, Stopped) else KeyboardInterrupt(advice) from None
             begun = [result for result in grid if result.error or result.config]  # before the time was up
             return self._hand_over(folder, [self._row(folder, result) for result in begun], started)
 
