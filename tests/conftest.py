@@ -112,7 +112,8 @@ def ray_head(*options: str) -> Iterator[str]:
         )
         address_file = Path(folder, "ray_current_cluster")
         try:
-            wait_until(lambda: address_file.exists() and head.poll() is None, 600, "the Ray head to start")
+            wait_until(lambda: address_file.exists() or head.poll() is not None, 600, "the Ray head to start")
+            assert head.poll() is None, f"the Ray head ended with status {head.returncode}"
             yield address_file.read_text().strip()
         finally:
             processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]

@@ -27,6 +27,7 @@ class ImageDataset(Dataset[Batch]):
         rows: int64 (N,), which of them are in the data set, and in which order (default: all).
     """
 
+    takes_arrays = True  # of indices, not only lists
     there: tuple[Tensor, Tensor] | None = None  # copies of all images and labels on a GPU, to gather batches from
 
     def __init__(self, all_images: Tensor, all_labels: Tensor, rows: Tensor | None = None) -> None:
@@ -50,9 +51,9 @@ class ImageDataset(Dataset[Batch]):
         row = self.rows[index]
         return self.all_images[row], self.all_labels[row]
 
-    def __getitems__(self, indices: list[int]) -> Batch:
+    def __getitems__(self, indices: Any) -> Batch:
         images, labels = self.there or (self.all_images, self.all_labels)
-        rows = self.rows.index_select(0, torch.tensor(indices)).to(images.device, non_blocking=True)
+        rows = self.rows.index_select(0, torch.as_tensor(indices)).to(images.device, non_blocking=True)
         # Faster than indexing, which copies pixel by pixel.
         return images.index_select(0, rows), labels.index_select(0, rows)
 

@@ -1,13 +1,12 @@
 """The samples of a shard, fetched from the user's data set: what they draw is a function of their places alone."""
 
-import zlib
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
-from ray_mnist.distributed.sharding import SeededIndices, seed_cpu, seed_generators
+from ray_mnist.distributed.sharding import SeededIndices, plain, seed_generators
 
 
 class SeededDataset(Dataset[Any]):
@@ -26,15 +25,15 @@ class SeededDataset(Dataset[Any]):
 
     def __getitems__(self, indices: SeededIndices) -> Any:
         if fetches_batches(self.dataset):
-            epoch, again = indices.epoch_pass
-            # As repr has tuples, at a tenth of its time.
-            positions = f"), ({epoch}, {again}, 'sample', ".join(map(str, indices.positions))
-            seed_cpu(zlib.crc32(f"({self.seed!r}, ({epoch}, {again}, 'sample', {positions}))".encode()))
-            return self.dataset.__getitems__(list(indices))
+            places = indices.positions
+            seed_generators(self.seed, *indices.epoch_pass, "samples", places[0], places[-1], len(places))
+            # A list of thousands takes longer to make than their batch on a GPU.
+            takes_arrays = getattr(self.dataset, "takes_arrays", False)
+            return self.dataset.__getitems__(indices.indices if takes_arrays else list(indices))
         if holds_tensors(self.dataset):
             # Rows draw nothing: only what comes after the last of them can tell how they were seeded.
             seed_generators(self.seed, *indices.epoch_pass, "sample", indices.positions[-1])
-            return rows(self.dataset, indices) if self.collates else [self.dataset[index] for index in indices]
+            return rows(self.dataset, indices.indices) if self.collates else [self.dataset[index] for index in indices]
         samples = []
         for index, position in zip(indices, indices.positions, strict=True):
             seed_generators(self.seed, *indices.epoch_pass, "sample", position)
@@ -66,10 +65,10 @@ def collates_rows(loader: DataLoader[Any]) -> bool:
     return all(type(tensor) is Tensor and tensor.layout is torch.strided for tensor in dataset.tensors)
 
 
-def rows(dataset: Any, indices: list[int]) -> list[Tensor]:
-    """The samples as default_collate puts them together."""
+def rows(dataset: Any, indices: Any) -> list[Tensor]:
+    """The samples as default_collate puts them together; the indices are a list or an array."""
     while isinstance(dataset, Subset):
-        indices, dataset = [dataset.indices[index] for index in indices], dataset.dataset
-    places = torch.tensor(indices)
+        indices, dataset = [dataset.indices[index] for index in plain(indices)], dataset.dataset
+    places = torch.as_tensor(indices)
     places = torch.where(places < 0, places + len(dataset), places)
     return [tensor.index_select(0, places.to(tensor.device)) for tensor in dataset.tensors]

@@ -134,12 +134,22 @@ def plain(indices: Any) -> list[Any]:
     return indices.tolist() if isinstance(indices, torch.Tensor | np.ndarray) else list(indices)
 
 
-class SeededIndices(list[Any]):
-    """The indices of a shard, with where in the training each of them is drawn."""
+@dataclass(eq=False)  # arrays cannot be compared as fields are
+class SeededIndices(Sequence[Any]):
+    """The indices of a shard, as its batch has them, with where in the training each of them is drawn."""
 
-    def __init__(self, batch: Batch, epoch_pass: EpochPass) -> None:
-        super().__init__(plain(batch.indices))
-        self.positions, self.epoch_pass = batch.positions, epoch_pass
+    indices: Any
+    positions: range
+    epoch_pass: EpochPass
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, place: Any) -> Any:
+        return plain(self.indices)[place]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(plain(self.indices))
 
 
 class ShardedBatchSampler:
@@ -164,7 +174,7 @@ class ShardedBatchSampler:
         self.drawn.clear()
         for shard in islice(self.shards(), self.start, None):
             self.drawn.append(shard)
-            yield SeededIndices(shard.items, self.epoch_pass)
+            yield SeededIndices(shard.items.indices, shard.items.positions, self.epoch_pass)
 
     def shards(self) -> Iterator[Shard]:
         """All of them."""
