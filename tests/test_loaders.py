@@ -976,6 +976,7 @@ def test_the_processes_of_a_loader_end_with_the_training(presharded: bool, tmp_p
     assert kept[0].train_dataloader
     assert set(multiprocessing.active_children()) <= before  # of which some may be gone by chance
     assert len(list(loader)) == 6
+    loader._iterator = None  # or its processes end as some later test collects garbage, which takes them 20 s
 
 
 # What a loader says of its processes

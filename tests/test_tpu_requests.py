@@ -6,7 +6,6 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -14,7 +13,8 @@ import ray.util.tpu
 from packaging.requirements import Requirement
 from ray.air._internal.device_manager import register_custom_torch_dist_backend
 
-from ray_mnist import Trainer
+from ray_mnist import Trainer, train
+from ray_mnist.cli import console
 from ray_mnist.config import RunConfig
 from ray_mnist.errors import RequestError
 from ray_mnist.launch import tpu
@@ -59,10 +59,15 @@ def refusal(**options: Any) -> str:
     return str(refused.value)
 
 
-def test_no_tpu_is_one_sentence(command: Callable[..., CompletedProcess[str]], tmp_path: Path) -> None:
-    done = command("--dataset", "digits", "--tpu-cores", "8")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
+def test_no_tpu_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "--dataset", "digits", "--tpu-cores", "8"])
+    assert console.exit_status(train.train) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
         "error: --tpu-cores 8: this machine has no TPU (no such device in /dev/accel* or /dev/vfio): start the run on "
         "a TPU host, or name with --address a Ray cluster that has one, or drop --tpu-cores.\n"
     )
