@@ -76,6 +76,12 @@ def unreachable(address: str) -> str | None:
     return None
 
 
+def ray_was_started_here() -> bool:
+    """Whether the Ray that this process is connected to was started by it, and has this machine alone."""
+    node = global_worker.node
+    return node is not None and bool(node.is_head())
+
+
 # The autoscaler of the cluster that this process is connected to
 
 

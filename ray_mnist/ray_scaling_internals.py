@@ -29,6 +29,23 @@ def asking(worker: Any) -> Ask:
     return lambda function: worker.execute_async(function).future()
 
 
+class NoAutoscaler:
+    """In place of what asks one: Ray's own starts an actor for that, for which the run's first workers wait."""
+
+    def send_resource_request(self, *_: Any) -> None:
+        """Asks nobody."""
+
+    maybe_send_resource_request = cancel_resource_request = send_resource_request
+
+
+class AsksNobody(ScalingPolicy):
+    """Has what it needs."""
+
+    def after_controller_start(self, *_: Any) -> None:
+        """In place of Ray's own, which asks an autoscaler for the workers."""
+        self._coordinator_client: Any = NoAutoscaler()
+
+
 class ExchangedWorkers(ScalingPolicy):
     """Has healthy workers make room for others once an exchange says that they are ready; Ray's own just ends them."""
 
@@ -58,6 +75,10 @@ class FixedWorkers(ExchangedWorkers, FixedScalingPolicy):
     """As many as the run began with."""
 
 
+class FixedWorkersHere(AsksNobody, FixedWorkers):
+    """The same, on a Ray that has this machine alone."""
+
+
 class ElasticWorkers(ExchangedWorkers, ElasticScalingPolicy):
     """As many as there is room for."""
 
@@ -83,6 +104,10 @@ class ElasticWorkers(ExchangedWorkers, ElasticScalingPolicy):
         return free
 
 
+class ElasticWorkersHere(AsksNobody, ElasticWorkers):
+    """The same, on a Ray that has this machine alone."""
+
+
 class PatientFailurePolicy(DefaultFailurePolicy):
     """Has an elastic run look anew where the workers did not get the room that there seemed to be."""
 
@@ -93,11 +118,14 @@ class PatientFailurePolicy(DefaultFailurePolicy):
         return super().make_decision(training_failed_error)
 
 
-def policies(scaling_config: Any, failure_config: Any, exchange: Exchange) -> dict[str, Any]:
-    """What has Ray Train's controller decide how many workers there are, and what is tried again."""
+def policies(scaling_config: Any, failure_config: Any, exchange: Exchange, here: bool = False) -> dict[str, Any]:
+    """What has Ray Train's controller decide how many workers there are, and what is tried again.
+
+    On a Ray that is `here`, on this machine alone, nobody is asked for more machines.
+    """
     if not scaling_config.elasticity_enabled:
-        return {"scaling_policy": FixedWorkers(scaling_config, exchange)}
+        return {"scaling_policy": (FixedWorkersHere if here else FixedWorkers)(scaling_config, exchange)}
     return {
-        "scaling_policy": ElasticWorkers(scaling_config, exchange),
+        "scaling_policy": (ElasticWorkersHere if here else ElasticWorkers)(scaling_config, exchange),
         "failure_policy": PatientFailurePolicy(failure_config),
     }

@@ -16,6 +16,7 @@ from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[a
 from ray.exceptions import RayActorError, RayError
 from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
@@ -33,8 +34,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from ray_mnist.launch.exchange import Exchange
 from ray_mnist.launch.spares import Spares
 from ray_mnist.launch.stalls import Ask
-from ray_mnist.ray_internals import end_workers, worker_name
-from ray_mnist.ray_scaling_internals import asking, policies
+from ray_mnist.ray_internals import end_workers, ray_was_started_here, worker_name
+from ray_mnist.ray_scaling_internals import AsksNobody, asking, policies
 
 ANSWER_S = 10  # in which a worker that is well answers
 LEAVE_S = 10  # in which one that is well leaves its process group; for one that is stopped, Ray waits 30 s
@@ -224,18 +225,16 @@ class AbortableTorchTrainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         # The watchdog that removes the placement group of a controller that died, as `abort` does: a detached actor,
-        # that nobody would end where Ray's state API is out of reach.
-        kept = [
-            callback
-            for callback in super()._create_default_callbacks()
-            if not isinstance(callback, PlacementGroupCleanerCallback)
-        ]
+        # that nobody would end where Ray's state API is out of reach. And the actor for Ray's data sets, of which there
+        # are none: it takes each start a second, and each worker the import of Ray Data.
+        left_out = PlacementGroupCleanerCallback, DatasetsCallback
+        kept = [each for each in super()._create_default_callbacks() if not isinstance(each, left_out)]
         # The watch first: what it finds is for the run's UserCallback, too.
         return sorted(kept, key=lambda callback: not isinstance(callback, WatchedGroup))
 
     def policies(self) -> dict[str, Any]:
         """What decides how many workers there are, and what is tried again, in place of Ray's own."""
-        return policies(self.scaling_config, self.run_config.failure_config, self.exchange)
+        return policies(self.scaling_config, self.run_config.failure_config, self.exchange, here=ray_was_started_here())
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         arguments |= self.policies()
@@ -266,17 +265,8 @@ class BorrowedPlacementGroup(DefaultPlacementGroupHandle):
         """Leaves it."""
 
 
-class PlacedAlready(FixedScalingPolicy):
-    """Asks no autoscaler for what the trial has: Ray's own would start an actor for that, which outlives the sweep."""
-
-    def _send_resource_request(self) -> None:
-        pass
-
-    def _maybe_send_resource_request(self) -> None:
-        pass
-
-    def _cancel_resource_request(self) -> None:
-        pass
+class PlacedAlready(AsksNobody, FixedScalingPolicy):
+    """The workers have the trial's resources; the actor that Ray's own would start would outlive the sweep."""
 
 
 class TrialWorkerGroup(WorkerGroup):

@@ -210,6 +210,16 @@ def policy_of(exchange: Exchange, **options: Any) -> Any:
     return scaling.policies(config, FailureConfig(max_failures=0), exchange)["scaling_policy"]
 
 
+@pytest.mark.parametrize("num_workers", [2, (2, 3)])
+def test_on_a_ray_of_its_own_no_autoscaler_is_asked(exchange: Exchange, num_workers: Any) -> None:
+    config = ScalingConfig(num_workers=num_workers)
+    policy = scaling.policies(config, FailureConfig(max_failures=0), exchange, here=True)["scaling_policy"]
+    policy.after_controller_start(None)  # Ray's own would look for a Ray, of which there is none
+    policy._send_resource_request()
+    policy._maybe_send_resource_request()
+    policy._cancel_resource_request()
+
+
 def test_as_many_start_as_there_is_room_for_now(exchange: Exchange, free: dict[str, dict[str, float]]) -> None:
     policy = policy_of(exchange)
     free |= {"a": {"CPU": 1}, "b": {"CPU": 1}}

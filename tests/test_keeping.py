@@ -142,6 +142,9 @@ def call(num_workers=2):
 
 workers, node = call()
 assert node
+started = {actor["ActorClassName"] for actor in ray._private.state.actors().values()}
+assert "RayTrainWorker" in started
+assert not started & {"DatasetManager", "_AutoscalingCoordinatorActor"}, started  # each takes a start a second
 assert call() == (workers, node)
 (worker,), same = call(1)
 assert same == node

@@ -244,7 +244,8 @@ def carry_out(schedule: Schedule, folder: Path, cluster: Nodes, expected: dict[s
     if (folder / OUTCOME).exists():
         compare(outcome, torch.load(folder / OUTCOME), expected)
     if begun and (outcome.restarts or outcome.resumed):
-        newest = {each["rank"]: each["time"] for each in begun}  # those before may have gone on for a moment
+        # Those before may have gone on for a moment, and have been more.
+        newest = {each["rank"]: each["time"] for each in begun if each["rank"] < schedule.then}
         outcome.recovered_s = min(newest.values()) - struck_at
     return outcome
 
