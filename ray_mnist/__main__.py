@@ -6,6 +6,7 @@ A shell completes it after `eval "$(register-python-argcomplete ray-mnist)"`.
 import os
 import runpy
 import sys
+from typing import NoReturn
 
 from ray_mnist.cli import console
 from ray_mnist.cli.parser import Parser, versions
@@ -31,9 +32,9 @@ def run() -> None:
     runpy.run_module(f"ray_mnist.{command}", run_name="__main__", alter_sys=True)
 
 
-def main() -> None:
+def main() -> NoReturn:
     """The console script."""
-    sys.exit(console.exit_status(run))
+    console.run(run)
 
 
 if __name__ == "__main__":

@@ -39,4 +39,4 @@ def examine() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(console.exit_status(examine))
+    console.run(examine)

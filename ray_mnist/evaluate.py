@@ -1,6 +1,5 @@
 """Tests a trained model: `python -m ray_mnist.evaluate RUN_FOLDER`, with `--help` for its options."""
 
-import sys
 from typing import Any
 
 from ray_mnist.cli import console
@@ -68,4 +67,4 @@ def check_fit(model: Any, data: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(console.exit_status(evaluate))
+    console.run(evaluate)

@@ -4,7 +4,6 @@ import copy
 import os
 import pickle
 import shutil
-import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -190,4 +189,4 @@ def needed(module: str, kind: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(console.exit_status(export))
+    console.run(export)

@@ -1,7 +1,6 @@
 """Tells what pictures show: `python -m ray_mnist.predict RUN_FOLDER PICTURE…`, with `--help` for its options."""
 
 import json
-import sys
 from typing import Any, Literal
 
 from ray_mnist.cli import console
@@ -46,4 +45,4 @@ def predict() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(console.exit_status(predict))
+    console.run(predict)

@@ -40,6 +40,8 @@ CONNECT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 15
 SCHEMA = json.loads(Path(ray.autoscaler.__file__).with_name("ray-schema.json").read_text())  # of a cluster file
 FIRST_AUTOSCALER = "RAY_enable_autoscaler_v2=0"  # where `ray start --head` would take the second
+# Ray would start a process for each CPU, of which a run takes none: its own have other settings.
+NO_IDLE_WORKERS: dict[str, Any] = {"_system_config": {"prestart_worker_first_driver": False}}
 UNEXPECTED_TERMINATION: int = NodeDeathInfo.Reason.Value("UNEXPECTED_TERMINATION")  # the DeathReason in ray.nodes()
 
 

@@ -94,4 +94,4 @@ def shown(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(console.exit_status(runs))
+    console.run(runs)

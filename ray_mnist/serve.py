@@ -3,7 +3,6 @@
 import logging
 import signal
 import socket
-import sys
 import threading
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -78,4 +77,4 @@ def serve_until_told(classifier: "Classifier", options: "Namespace") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(console.exit_status(serve))
+    console.run(serve)

@@ -65,4 +65,4 @@ def hand_over(config: Any, modules: Sequence[str], model: Any, datamodule: Any, 
 
 
 if __name__ == "__main__":
-    sys.exit(console.exit_status(train))
+    console.run(train)

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
         command.search()
 
-    sys.exit(console.exit_status(search))
+    console.run(search)
 else:
     from ray_mnist.search.sweep import tune
 

@@ -513,6 +513,37 @@ def test_what_needs_no_training_does_not_wait_for_torch_and_lightning(arguments:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+ENDING = """
+import atexit, sys
+from ray_mnist.cli import console
+from ray_mnist.errors import RequestError
+
+class Imported:
+    def __del__(self):
+        print("taken apart")
+
+def command():
+    global imported, left
+    imported, left = Imported(), open("left.txt", "w")
+    left.write("not closed")
+    atexit.register(print, "done at exit")
+    {end}
+
+console.run(command)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [("pass", 0), ("raise RequestError('no')", 2), ("sys.exit()", 0), ("sys.exit(143)", 143), ("sys.exit('no')", 1)],
+)
+def test_a_command_ends_at_once_with_all_done_that_was_left_to_the_end(tmp_path: Path, end: str, status: int) -> None:
+    program = [sys.executable, "-c", ENDING.format(end=end)]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout) == (status, "done at exit\n")
+    assert (tmp_path / "left.txt").read_text() == "not closed"
+
+
 def test_print_config_is_taken_back(parse: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", "ConvModel", "--lr", "0.5", *DIGITS, "--max-epochs", "3", "--use-gpu", "--name", "x"]
     with pytest.raises(SystemExit) as end:

@@ -1,5 +1,8 @@
 """What a person sees: a header, a line an epoch, a summary; and errors in one sentence."""
 
+import atexit
+import gc
+import io
 import logging
 import os
 import signal
@@ -12,7 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import dropwhile
 from traceback import walk_stack
-from typing import Self, TextIO
+from typing import NoReturn, Self, TextIO
 
 from rich.console import Console
 
@@ -198,6 +201,30 @@ def terminated(advice: str) -> SystemExit:
     """Says how to go on with a run that SIGTERM ended; gives what ends the process with that signal's exit status."""
     print(f"terminated: {advice}", file=sys.stderr, flush=True)
     return SystemExit(128 + signal.SIGTERM)
+
+
+def run(command: Callable[[], object]) -> NoReturn:
+    """Does a command line's work, and ends the process with its exit status once all is done that was left to the end.
+
+    Python would then take apart what was imported, for which torch and Lightning take more than a second.
+    """
+    status = 1
+
+    def leave() -> None:
+        logging.shutdown()
+        for file in gc.get_objects():  # of which Python would close those that nobody has closed
+            if type(file) in (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom):
+                with suppress(OSError, ValueError):  # a closed one, or nobody reads
+                    file.flush()
+        os._exit(status)
+
+    atexit.register(leave)  # before all others, and therefore called after them
+    try:
+        status = exit_status(command)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    sys.exit(status)
 
 
 def exit_status(command: Callable[[], object]) -> int:

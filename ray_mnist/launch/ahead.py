@@ -43,7 +43,7 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
     settings = {name: os.environ.get(name, value) for name, value in RAY_TRAIN_SETTINGS.items()}
     options: dict[str, Any] = {"num_cpus": enough_cpus(config, cpus), "include_dashboard": config.dashboard}
     options["runtime_env"] = {"env_vars": settings}
-    ray.init(address="local", **options, **QUIET)
+    ray.init(address="local", **options, **ray_internals.NO_IDLE_WORKERS, **QUIET)
     if not cpus and not config.use_gpu:
         _workers[:] = ray_internals.start_workers(config.max_workers, partial(import_worker, package_in_use()))
 
