@@ -49,6 +49,7 @@ THEIRS = ("ray", "pytorch_lightning", "lightning_fabric")
 # Private names of the standard library and of torch, each in the one file that needs it.
 OTHERS = {
     ("callbacks.py", "_version"),
+    ("cli/console.py", "_exit"),
     ("launch/xla.py", "_exit"),
     ("distributed/loaders.py", "_iterator"),
     ("run/progress.py", "_current_frames"),

@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import Any
 
 import ray.train
-import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
@@ -145,7 +144,7 @@ def describe(rank: int, error: Exception) -> TrainingError:
         return TrainingError(f"worker {rank} {how}", str(error))
     if isinstance(error, TrainingError):
         return error
-    if isinstance(error, torch.OutOfMemoryError):
+    if "OutOfMemoryError" in names(error):
         return TrainingError(f"worker {rank}: {out_of_memory(error)}", "\n".join(error.__notes__))
     message = f"worker {rank}: {type(error).__name__}: {one_line(error)[:300]}"
     return TrainingError(message, "\n".join(error.__notes__))
