@@ -447,7 +447,7 @@ def test_samples_fetched_together_draw_the_same_again() -> None:
 def test_a_position_is_sent_with_its_indices() -> None:
     indices: SeededIndices = next(iter(sharded_sampler(shuffled(), epoch_pass=(3, 1))))
     copy = pickle.loads(pickle.dumps(indices))
-    assert contents([copy]) == contents([indices])
+    assert (type(copy), contents([copy])) == (SeededIndices, contents([indices]))
     assert copy.epoch_pass == (3, 1)
 
 

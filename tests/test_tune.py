@@ -311,14 +311,14 @@ def test_optuna_searches_the_range(tmp_path: Path) -> None:
         MNISTDataModule,
         {"model.lr": ray.tune.loguniform(1e-3, 1e-2)},
         search="optuna",
-        num_samples=2,
+        num_samples=3,
         max_epochs=1,
         storage_path=str(tmp_path),
         **DIGITS,
     )
     rates = [trial.parameters["model.lr"] for trial in result.trials]
-    assert [trial.status for trial in result.trials] == ["done"] * 2
-    assert len(set(rates)) == 2
+    assert [trial.status for trial in result.trials] == ["done"] * 3
+    assert len(set(rates)) == 3
     assert 1e-3 <= min(rates) <= max(rates) <= 1e-2
 
 
