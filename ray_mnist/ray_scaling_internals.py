@@ -38,20 +38,24 @@ class NoAutoscaler:
     maybe_send_resource_request = cancel_resource_request = send_resource_request
 
 
-class AsksNobody(ScalingPolicy):
-    """Has what it needs."""
-
-    def after_controller_start(self, *_: Any) -> None:
-        """In place of Ray's own, which asks an autoscaler for the workers."""
-        self._coordinator_client: Any = NoAutoscaler()
-
-
 class ExchangedWorkers(ScalingPolicy):
-    """Has healthy workers make room for others once an exchange says that they are ready; Ray's own just ends them."""
+    """Has healthy workers make room for others once an exchange says that they are ready; Ray's own just ends them.
 
-    def __init__(self, scaling_config: Any, exchange: Exchange) -> None:
+    On a Ray that is `here`, on this machine alone, nobody is asked for more machines.
+    """
+
+    _coordinator_client: Any
+
+    def __init__(self, scaling_config: Any, exchange: Exchange, here: bool) -> None:
         super().__init__(scaling_config)
-        self.exchange = exchange
+        self.exchange, self.here = exchange, here
+
+    def after_controller_start(self, *arguments: Any) -> None:
+        """Ray's own asks an autoscaler for the workers."""
+        if self.here:
+            self._coordinator_client = NoAutoscaler()
+        else:
+            super().after_controller_start(*arguments)
 
     def follow(self, workers: list[Worker]) -> None:
         """Takes those that have started."""
@@ -73,10 +77,6 @@ class ExchangedWorkers(ScalingPolicy):
 
 class FixedWorkers(ExchangedWorkers, FixedScalingPolicy):
     """As many as the run began with."""
-
-
-class FixedWorkersHere(AsksNobody, FixedWorkers):
-    """The same, on a Ray that has this machine alone."""
 
 
 class ElasticWorkers(ExchangedWorkers, ElasticScalingPolicy):
@@ -104,10 +104,6 @@ class ElasticWorkers(ExchangedWorkers, ElasticScalingPolicy):
         return free
 
 
-class ElasticWorkersHere(AsksNobody, ElasticWorkers):
-    """The same, on a Ray that has this machine alone."""
-
-
 class PatientFailurePolicy(DefaultFailurePolicy):
     """Has an elastic run look anew where the workers did not get the room that there seemed to be."""
 
@@ -119,13 +115,10 @@ class PatientFailurePolicy(DefaultFailurePolicy):
 
 
 def policies(scaling_config: Any, failure_config: Any, exchange: Exchange, here: bool = False) -> dict[str, Any]:
-    """What has Ray Train's controller decide how many workers there are, and what is tried again.
-
-    On a Ray that is `here`, on this machine alone, nobody is asked for more machines.
-    """
+    """What has Ray Train's controller decide how many workers there are, and what is tried again."""
     if not scaling_config.elasticity_enabled:
-        return {"scaling_policy": (FixedWorkersHere if here else FixedWorkers)(scaling_config, exchange)}
+        return {"scaling_policy": FixedWorkers(scaling_config, exchange, here)}
     return {
-        "scaling_policy": (ElasticWorkersHere if here else ElasticWorkers)(scaling_config, exchange),
+        "scaling_policy": ElasticWorkers(scaling_config, exchange, here),
         "failure_policy": PatientFailurePolicy(failure_config),
     }

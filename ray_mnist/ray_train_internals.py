@@ -35,7 +35,7 @@ from ray_mnist.launch.exchange import Exchange
 from ray_mnist.launch.spares import Spares
 from ray_mnist.launch.stalls import Ask
 from ray_mnist.ray_internals import end_workers, ray_was_started_here, worker_name
-from ray_mnist.ray_scaling_internals import AsksNobody, asking, policies
+from ray_mnist.ray_scaling_internals import NoAutoscaler, asking, policies
 
 ANSWER_S = 10  # in which a worker that is well answers
 LEAVE_S = 10  # in which one that is well leaves its process group; for one that is stopped, Ray waits 30 s
@@ -265,8 +265,14 @@ class BorrowedPlacementGroup(DefaultPlacementGroupHandle):
         """Leaves it."""
 
 
-class PlacedAlready(AsksNobody, FixedScalingPolicy):
-    """The workers have the trial's resources; the actor that Ray's own would start would outlive the sweep."""
+class PlacedAlready(FixedScalingPolicy):
+    """Asks no autoscaler for what the trial has: the actor that Ray's own starts for that would outlive the sweep."""
+
+    _coordinator_client: Any
+
+    def after_controller_start(self, *_: Any) -> None:
+        """Ray's own asks."""
+        self._coordinator_client = NoAutoscaler()
 
 
 class TrialWorkerGroup(WorkerGroup):

@@ -136,7 +136,7 @@ class Trainer:
                 raise
             except (KeyboardInterrupt, Stopped) as end:
                 advice = report.how_to_resume(folder.name, self.config, bool(self.full_config))
-                raise console.terminated(advice) if isinstance(end, Stopped) else KeyboardInterrupt(advice) from None
+                raise console.ended(end, advice) from None
             result = report.write_result(folder, self.config, model, data, outcome, started)
         self._fits += 1
         self.lightning_module, self._data, self._folder, self._result = model, data, folder, result

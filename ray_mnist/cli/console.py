@@ -20,7 +20,7 @@ from typing import NoReturn, Self, TextIO
 from rich.console import Console
 
 from ray_mnist.cli.live_line import SEPARATOR, live_line
-from ray_mnist.errors import RequestError, TrainingError, one_line
+from ray_mnist.errors import RequestError, Stopped, TrainingError, one_line
 from ray_mnist.run.events import (
     CheckpointPassedOver,
     EpochEnded,
@@ -197,8 +197,10 @@ def is_noise(filename: str) -> bool:
     return who in NOISY or (who in ("torch", "typing_extensions") and about_noisy)
 
 
-def terminated(advice: str) -> SystemExit:
-    """Says how to go on with a run that SIGTERM ended; gives what ends the process with that signal's exit status."""
+def ended(end: KeyboardInterrupt | Stopped, advice: str) -> BaseException:
+    """What is raised once Ctrl-C or SIGTERM has ended the work, with how to go on: for SIGTERM its own exit status."""
+    if isinstance(end, KeyboardInterrupt):
+        return KeyboardInterrupt(advice)
     print(f"terminated: {advice}", file=sys.stderr, flush=True)
     return SystemExit(128 + signal.SIGTERM)
 

@@ -161,8 +161,7 @@ class Sweep:
                     tuner = self._tuner(replace(self._plan(folder), send=send), folder, bundles(workers, worker))
                     grid = in_thread(tuner.fit, Interrupted.told.set)
             except (KeyboardInterrupt, Stopped) as end:
-                advice = f"go on with --resume --name {name}"
-                raise console.terminated(advice) if isinstance(end, Stopped) else KeyboardInterrupt(advice) from None
+                raise console.ended(end, f"go on with --resume --name {name}") from None
             begun = [result for result in grid if result.error or result.config]  # before the time was up
             return self._hand_over(folder, [self._row(folder, result) for result in begun], started)
 
