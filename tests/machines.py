@@ -67,6 +67,7 @@ Subsystem sftp internal-sftp
 # What has to be replaced in a cluster file, so that Ray does not take a machine for dead that is only slow.
 PATIENT = {"RAY_health_check_timeout_ms=2000": "RAY_health_check_timeout_ms=10000"}
 HELD = """\
+import functools
 import pathlib
 import time
 
@@ -74,6 +75,8 @@ import boto3
 
 from ray_mnist.launch import pause
 from ray_mnist.models import SimpleModel
+
+s3 = functools.cache(lambda: boto3.client("s3"))  # which takes a core a second to make
 
 
 class Held(SimpleModel):

@@ -106,7 +106,7 @@ def test_up_train_leave_a_spot_machine_on_its_notice_and_down(cloud: Cloud, gloo
 
     laptop.hold_second_epoch(
         until="pause.HERE[0].stop.is_set() or "
-        f'boto3.client("s3").list_objects_v2(Bucket="{BUCKET}", Prefix="go")["KeyCount"]'
+        f's3().list_objects_v2(Bucket="{BUCKET}", Prefix="go")["KeyCount"]'
     )
     (laptop.project / "mine").mkdir()  # a folder that `ray up` does not copy
     (laptop.project / "ray_mnist/held.py").rename(laptop.project / "mine/held.py")
