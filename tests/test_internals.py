@@ -40,6 +40,7 @@ from ray_mnist.worker import Job, make_trainer
 PACKAGE = Path(__file__).parents[1] / "ray_mnist"
 INTERNALS = (
     "ray_internals.py",
+    "ray_controller_internals.py",
     "ray_train_internals.py",
     "ray_scaling_internals.py",
     "lightning_internals.py",
@@ -105,10 +106,10 @@ def test_ray_still_has_what_is_imported_of_it(file: str) -> None:
 
 def test_ray_still_calls_what_is_overridden() -> None:
     """A method of ours that no class of Ray's has would never be called."""
-    from ray_mnist import ray_scaling_internals, ray_train_internals
+    from ray_mnist import ray_controller_internals, ray_scaling_internals, ray_train_internals
     from ray_mnist.ray_internals import GetClusterStatusReply, RayTrainWorker
 
-    files = (ray_train_internals, ray_scaling_internals)
+    files = (ray_controller_internals, ray_train_internals, ray_scaling_internals)
     ours = {each for file in files for each in vars(file).values() if inspect.isclass(each)}
     for each in (each for each in ours if each.__module__ in [file.__name__ for file in files]):
         bases = [base for base in each.__mro__[1:] if not base.__module__.startswith("ray_mnist.")]
@@ -116,7 +117,7 @@ def test_ray_still_calls_what_is_overridden() -> None:
             if name.startswith("_") and not name.startswith("__"):
                 assert any(name in vars(base) for base in bases), f"Ray moved {name}, which {each.__name__} overrides"
     for name in ("run", "get_result", "get_state", "get_worker_group", "worker_group_cls"):
-        assert hasattr(ray_train_internals.TrainController, name), f"Ray moved TrainController.{name}"
+        assert hasattr(ray_controller_internals.TrainController, name), f"Ray moved TrainController.{name}"
     for name in ("make_decision_for_running_worker_group", "before_controller_execute_resize_decision"):
         assert hasattr(ray_scaling_internals.ScalingPolicy, name), f"Ray moved ScalingPolicy.{name}"
     for name in ("make_decision_for_non_running_worker_group", "GET_RESERVED_RESOURCES_INTERVAL_S"):
@@ -127,10 +128,10 @@ def test_ray_still_calls_what_is_overridden() -> None:
     assert (config.elasticity_enabled, config._resources_per_worker_not_none) == (True, {"CPU": 1})
     for name in ("get_out_file_path", "get_err_file_path"):
         assert hasattr(ray_train_internals.global_worker, name), f"Ray moved global_worker.{name}"
-    held = {field.name for field in dataclasses.fields(ray_train_internals.WorkerGroupState)}
+    held = {field.name for field in dataclasses.fields(ray_controller_internals.WorkerGroupState)}
     assert {"workers", "sync_actor", "placement_group_handle"} <= held
     for name in ("poll_status", "get_workers"):
-        assert hasattr(ray_train_internals.WorkerGroup, name), f"Ray moved WorkerGroup.{name}"
+        assert hasattr(ray_controller_internals.WorkerGroup, name), f"Ray moved WorkerGroup.{name}"
     for name in ("execute", "get_metadata", "shutdown"):
         assert hasattr(RayTrainWorker, name), f"Ray moved RayTrainWorker.{name}"
     waiting = GetClusterStatusReply().cluster_resource_state

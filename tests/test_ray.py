@@ -29,7 +29,7 @@ from ray_mnist.errors import RequestError, TrainingError
 from ray_mnist.launch import ray as on_ray
 from ray_mnist.launch.ahead import import_worker
 from ray_mnist.launch.keeping import KEEPER
-from ray_mnist.ray_train_internals import StartedController
+from ray_mnist.ray_controller_internals import StartedController
 from ray_mnist.run.folder import CHECKPOINT, RunFolder
 from ray_mnist.run.records import read_failures, read_metrics
 

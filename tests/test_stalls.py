@@ -27,7 +27,8 @@ from ray_mnist.errors import RequestError, Stalled
 from ray_mnist.launch import stalls
 from ray_mnist.launch.failures import Failures, describe_all, is_bug
 from ray_mnist.launch.stalls import StallWatch
-from ray_mnist.ray_train_internals import AbortableTorchTrainer, WatchedGroup
+from ray_mnist.ray_controller_internals import WatchedGroup
+from ray_mnist.ray_train_internals import AbortableTorchTrainer
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.progress import HERE, Position, Stacks, count, position, stacks
 from ray_mnist.run.records import read_failures

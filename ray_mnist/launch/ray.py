@@ -18,7 +18,6 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from ray import cloudpickle
 from ray.exceptions import RayError
-from ray.train.torch import TorchConfig
 
 from ray_mnist.checks.preflight import Bundle, Cluster
 from ray_mnist.cli.lightning_arguments import FIND_UNUSED
@@ -45,7 +44,8 @@ from ray_mnist.launch.stalls import StallWatch
 from ray_mnist.launch.termination import on_sigterm
 from ray_mnist.launch.traces import TRACES, left_clean
 from ray_mnist.lightning_package import call_with, package_in_use
-from ray_mnist.ray_train_internals import AbortableTorchTrainer, WatchedGroup, end_run, output_files
+from ray_mnist.ray_controller_internals import ProcessGroup, WatchedGroup
+from ray_mnist.ray_train_internals import AbortableTorchTrainer, end_run, output_files
 from ray_mnist.run.events import Tell, WorkersFailed
 from ray_mnist.run.outcome import Evaluation, Outcome
 from ray_mnist.run.records import read_failures
@@ -237,7 +237,7 @@ def make_trainer(
     trainer = kind(
         partial(call_with, package_in_use(), f"{__name__}:{train_function.__name__}"),
         train_loop_config=settings,
-        torch_config=TorchConfig(backend=process_group_backend(config.use_gpu)),
+        torch_config=ProcessGroup(process_group_backend(config.use_gpu)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=config.use_gpu,

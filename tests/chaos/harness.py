@@ -22,7 +22,7 @@ from program import BEGUN, DROPOUT, MOMENTS, OUTCOME, REACHED, STEPS, STRUCK, TE
 from ray.cluster_utils import Cluster
 from ray_state import actors, placement_groups, process_of
 
-from ray_mnist.ray_train_internals import StartedController
+from ray_mnist.ray_controller_internals import StartedController
 
 WORKERS = 2
 VICTIMS = ("worker", "node", "controller", "driver")
