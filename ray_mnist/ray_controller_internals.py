@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import call
 from typing import Any, ClassVar, Protocol
 
 import ray
@@ -76,7 +77,7 @@ class KeptWorkers(WorkerGroupState):
         for worker in self.workers:
             worker.actor.shutdown.remote()  # which has Ray's callbacks there put an end to what they do
         ray.kill(self.sync_actor)
-        self.answers.extend(worker.execute_async(self.clean) for worker in self.workers)
+        self.answers.extend(worker.execute_async(call, self.clean) for worker in self.workers)
         StartedWorkerGroup.kept = self
 
     def serve(self) -> bool:

@@ -121,7 +121,7 @@ def work(packed: bytes, environment: dict[str, str], home: Connection, stop: Any
             train_loop_config=config,
             scaling_config=ray.train.ScalingConfig(num_workers=0),
         )
-        outcome = trainer.fit().return_value
+        outcome = cloudpickle.loads(trainer.fit().return_value)
     except Exception as raised:
         error = raised
     home.send_bytes(cloudpickle.dumps(([], outcome, error)))

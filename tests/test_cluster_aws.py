@@ -105,8 +105,7 @@ def test_up_train_leave_a_spot_machine_on_its_notice_and_down(cloud: Cloud, gloo
     laptop.edit(FILE, {"type: aws": "type: aws\n  use_internal_ips: true", **caps, **PATIENT})
 
     laptop.hold_second_epoch(
-        until="pause.HERE[0].stop.is_set() or "
-        f's3().list_objects_v2(Bucket="{BUCKET}", Prefix="go")["KeyCount"]'
+        until=f'pause.HERE[0].stop.is_set() or s3().list_objects_v2(Bucket="{BUCKET}", Prefix="go")["KeyCount"]'
     )
     (laptop.project / "mine").mkdir()  # a folder that `ray up` does not copy
     (laptop.project / "ray_mnist/held.py").rename(laptop.project / "mine/held.py")

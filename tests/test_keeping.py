@@ -142,9 +142,10 @@ def call(num_workers=2):
 
 workers, node = call()
 assert node
-started = {actor["ActorClassName"] for actor in ray._private.state.actors().values()}
+started = {actor["ActorClassName"]: actor["Pid"] for actor in ray._private.state.actors().values()}
 assert "RayTrainWorker" in started
-assert not started & {"DatasetManager", "_AutoscalingCoordinatorActor"}, started  # each takes a start a second
+assert not started.keys() & {"DatasetManager", "_AutoscalingCoordinatorActor"}, started  # each takes a start a second
+assert "libtorch" not in Path(f"/proc/{started['StartedController']}/maps").read_text()  # two seconds, and 500 MB
 assert call() == (workers, node)
 (worker,), same = call(1)
 assert same == node

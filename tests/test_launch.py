@@ -8,6 +8,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from ray import cloudpickle
 
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
 from ray_mnist.checks.preflight import Cluster
@@ -44,7 +45,7 @@ def test_a_worker_reserves_its_cpus(
             given.update(arguments)
 
         def fit(self) -> Any:
-            return SimpleNamespace(return_value=None)
+            return SimpleNamespace(return_value=cloudpickle.dumps(None))
 
         def abort(self) -> None:
             """Never called: nobody interrupts."""

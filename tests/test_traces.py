@@ -159,7 +159,7 @@ def call(rank: int, port: int, settings: dict[str, Any]) -> tuple[Any, ...]:
     no_workers = ray.train.ScalingConfig(num_workers=0)
     trainer = TorchTrainer(launch.train_function, train_loop_config=settings, scaling_config=no_workers)
     with ThreadPoolExecutor(1) as threads:
-        outcome = threads.submit(trainer.fit).result().return_value
+        outcome = cloudpickle.loads(threads.submit(trainer.fit).result().return_value)
     metrics = outcome and {name: value.item() for name, value in outcome.trainer_state.callback_metrics.items()}
     del trainer, outcome
     left = TRACES.left()

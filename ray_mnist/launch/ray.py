@@ -120,10 +120,13 @@ def make_strategy(wanted: Any) -> Any:
     return wanted
 
 
-def train_function(config: dict[str, Any]) -> Outcome | Evaluation | None:
-    """What each worker process runs, to its end or until others are to take its place."""
+def train_function(config: dict[str, Any]) -> bytes:
+    """What each worker process runs, to its end or until others are to take its place.
+
+    What comes of it is pickled, and passes through the controller without its importing what that is made of.
+    """
     try:
-        return train(config)
+        return cloudpickle.dumps(train(config))
     except Stopped:
         pause.wait_if_asked()
         raise
@@ -207,9 +210,9 @@ def launch(
             trainer = make_trainer(job, config, settings, tries_left, trainer_class)
             if tries_left and not config.use_gpu:  # Ray gives workers their GPU as it starts them
                 trainer.spares = Spares(partial(import_worker_when_idle, package_in_use()), AFTER_S)
-            trainer.controller, trainer.clean = KEEPER.take_controller(), left_clean if keep else None
+            trainer.controller, trainer.clean = KEEPER.take_controller(), by_name(left_clean) if keep else None
             try:
-                outcome: Outcome | Evaluation = in_thread(trainer.fit, trainer.abort).return_value
+                outcome: Outcome | Evaluation = cloudpickle.loads(in_thread(trainer.fit, trainer.abort).return_value)
                 if keep:
                     KEEPER.keep_workers(trainer.controller, end_run)
                 return outcome
@@ -229,13 +232,18 @@ def launch(
                 tries_left -= 1
 
 
+def by_name(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as the controller can pass it on to workers without importing torch."""
+    return partial(call_with, package_in_use(), f"{function.__module__}:{function.__name__}")
+
+
 def make_trainer(
     job: Job, config: RunConfig, settings: dict[str, Any], max_failures: int, kind: type[AbortableTorchTrainer]
 ) -> AbortableTorchTrainer:
     """A TorchTrainer for one `fit`, whose workers are given `settings`."""
     stalls = [WatchedGroup(StallWatch(job.folder, config.stall_timeout))] if config.stall_timeout else []
     trainer = kind(
-        partial(call_with, package_in_use(), f"{__name__}:{train_function.__name__}"),
+        by_name(train_function),
         train_loop_config=settings,
         torch_config=ProcessGroup(process_group_backend(config.use_gpu)),
         scaling_config=ray.train.ScalingConfig(
