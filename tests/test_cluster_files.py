@@ -59,6 +59,7 @@ def test_the_doctor_finds_only_what_is_left_to_edit(name: str, monkeypatch: pyte
     assert bool(findings) == (name != "gpu.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aws")
 def test_the_account_has_all_that_gpu_yaml_starts() -> None:
     boto3.client("cloudformation").create_stack(

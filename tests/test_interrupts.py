@@ -46,7 +46,8 @@ def ended_by(number: signal.Signals, condition: Callable[[], bool]) -> Iterator[
     wait_until(lambda: not actors() and not placement_groups(), 600, "the processes to end")
 
 
-@pytest.mark.parametrize("when", [pytest.param("starting", marks=pytest.mark.slow), "training"])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["starting", "training"])
 def test_a_run_ends_in_a_cluster_that_goes_on(when: str, tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path), "run")
     trainer = Trainer(num_workers=2, max_epochs=1000, storage_path=str(tmp_path), name="run")

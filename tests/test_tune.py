@@ -304,6 +304,7 @@ def test_trials_of_two_workers_are_stopped_and_leave_nothing_behind(tmp_path: Pa
     assert table.progress[result.values["trial"]].workers == 2  # as they told this process on their way
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_optuna_searches_the_range(tmp_path: Path) -> None:
     result = tune(
