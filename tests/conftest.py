@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import pytest
@@ -197,6 +198,11 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+def lacking(what: str) -> NoReturn:
+    """Skips the test with the reason; fails it where `REQUIRE_MACHINES=1` says that all has to be had."""
+    (pytest.fail if os.environ.get("REQUIRE_MACHINES") == "1" else pytest.skip)(what)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:

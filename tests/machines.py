@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 import psutil
-import pytest
-from conftest import wait_until
+from conftest import lacking, wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NEEDED = ("unshare", "nsenter", "ip", "sshd", "ssh-keygen", "rsync", "mount")
@@ -283,7 +282,7 @@ def in_project(command: str) -> str:
 
 
 def skip_unless_machines_can_be_made() -> None:
-    """Skips the test with the reason; fails it where `REQUIRE_MACHINES=1` says that they have to be had."""
+    """Skips the test with the reason, or fails it, see `lacking`."""
     missing = [name for name in NEEDED if not shutil.which(name, path=PATH)]
     why = "only root can make machines of namespaces" if os.geteuid() else None
     if missing:
@@ -293,4 +292,4 @@ def skip_unless_machines_can_be_made() -> None:
         done = subprocess.run(probe, capture_output=True, text=True, env=os.environ | {"PATH": PATH})
         why = f"this root may not make machines: {done.stderr.strip()}" if done.returncode else None
     if why:
-        (pytest.fail if os.environ.get("REQUIRE_MACHINES") == "1" else pytest.skip)(why)
+        lacking(why)

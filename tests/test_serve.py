@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import socket
@@ -17,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import pytorch_lightning as pl
-from conftest import wait_until
+from conftest import lacking, wait_until
 from selenium import webdriver
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
@@ -105,8 +104,7 @@ def test_pictures_are_recognised_and_what_is_none_is_refused(address: str, tmp_p
 def test_digits_drawn_in_a_browser_are_recognised(address: str, tmp_path: Path) -> None:
     """The page itself, with a real mouse: none of the others looks at it."""
     if not (driver := shutil.which("chromedriver")):
-        required = os.environ.get("REQUIRE_MACHINES") == "1"
-        (pytest.fail if required else pytest.skip)("no chromedriver: apt-get install chromium chromium-driver")
+        lacking("no chromedriver: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     # It reaches for no network beside the page's.
     for switch in ("background-networking", "component-update", "sync", "gpu"):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
+from conftest import lacking, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -87,7 +87,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def terminal(folder: Path, request: pytest.FixtureRequest) -> Iterator[Tmux]:
     if not shutil.which("tmux"):
-        (pytest.fail if os.environ.get("REQUIRE_MACHINES") == "1" else pytest.skip)("there is no tmux")
+        lacking("there is no tmux")
     tmux = Tmux(folder, request.param)
     try:
         yield tmux
