@@ -13,6 +13,7 @@ from ray import cloudpickle
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
 from ray_mnist.checks.preflight import Cluster
 from ray_mnist.config import RunConfig
+from ray_mnist.launch import ahead
 from ray_mnist.launch import ray as on_ray
 from ray_mnist.launch.channel import Sender
 from ray_mnist.search.trial import bundles
@@ -82,3 +83,25 @@ def test_a_worker_computes_on_as_many_threads_as_it_has_cpus(
 def test_cpus_that_cannot_be(value: Any) -> None:
     with pytest.raises(RequestError, match=f"^--cpus-per-worker {value} is not possible: give a whole number of at"):
         Trainer(num_workers=2, cpus_per_worker=value)
+
+
+@pytest.mark.parametrize(
+    ("wish", "options", "threads"), [(None, {}, "1"), (None, {"cpus_per_worker": 3}, "3"), ("7", {}, "7")]
+)
+def test_workers_that_are_started_ahead_are_told_their_threads_as_ray_tells_others(
+    wish: str | None, options: dict[str, int], threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+
+    def remote(**told: Any) -> Any:
+        started.append(told.get("runtime_env"))
+        return MagicMock()
+
+    monkeypatch.setattr("ray.init", MagicMock())
+    monkeypatch.setattr("ray.remote", remote)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if wish:
+        monkeypatch.setenv("OMP_NUM_THREADS", wish)
+    ahead.start_ray(RunConfig(num_workers=1, **options))
+    ahead._workers.clear()
+    assert started == [{"env_vars": {"OMP_NUM_THREADS": threads}}]

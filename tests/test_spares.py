@@ -33,7 +33,7 @@ def clock() -> Any:
 
 @pytest.fixture
 def spares(clock: Any, tmp_path: Path) -> Iterator[Spares]:
-    spares = Spares(partial(prepare, tmp_path), 30, lambda: clock.now)
+    spares = Spares(partial(prepare, tmp_path), 3, 30, lambda: clock.now)
     yield spares
     spares.end()
 
@@ -71,6 +71,7 @@ def test_they_start_once_the_run_has_trained_for_a_while_and_replace_it_once(
     assert [spare.node for spare in spares.waiting] == [node, node]
     first, second = processes(tmp_path, 2)
     wait_for_answers(spares)
+    assert {psutil.Process(each).environ()["OMP_NUM_THREADS"] for each in (first, second)} == {"3"}
     assert spares.take("another") is None
     os.kill(first, signal.SIGKILL)
     taken = spares.take(node)

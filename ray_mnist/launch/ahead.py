@@ -45,7 +45,9 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
     options["runtime_env"] = {"env_vars": settings}
     ray.init(address="local", **options, **ray_internals.NO_IDLE_WORKERS, **QUIET)
     if not cpus and not config.use_gpu:
-        _workers[:] = ray_internals.start_workers(config.max_workers, partial(import_worker, package_in_use()))
+        threads = os.environ.get("OMP_NUM_THREADS", config.cpus_per_worker or 1)
+        prepare = partial(import_worker, package_in_use())
+        _workers[:] = ray_internals.start_workers(config.max_workers, prepare, threads)
 
 
 def enough_cpus(config: RunConfig, cpus: int = 0) -> int:

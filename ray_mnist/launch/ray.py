@@ -209,7 +209,8 @@ def launch(
             written = len(read_failures(job.folder))
             trainer = make_trainer(job, config, settings, tries_left, trainer_class)
             if tries_left and not config.use_gpu:  # Ray gives workers their GPU as it starts them
-                trainer.spares = Spares(partial(import_worker_when_idle, package_in_use()), AFTER_S)
+                prepare = partial(import_worker_when_idle, package_in_use())
+                trainer.spares = Spares(prepare, config.cpus_per_worker or 1, AFTER_S)
             trainer.controller, trainer.clean = KEEPER.take_controller(), by_name(left_clean) if keep else None
             try:
                 outcome: Outcome | Evaluation = cloudpickle.loads(in_thread(trainer.fit, trainer.abort).return_value)

@@ -35,14 +35,15 @@ class Spares:
 
     Args:
         prepare: what each calls first.
+        threads: on how many each computes.
         after_s: starts them so many seconds after those that train.
         clock: in seconds.
     """
 
     def __init__(
-        self, prepare: Callable[[], None], after_s: float, clock: Callable[[], float] = time.monotonic
+        self, prepare: Callable[[], None], threads: int, after_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.prepare, self.after_s, self.clock = prepare, after_s, clock
+        self.prepare, self.threads, self.after_s, self.clock = prepare, threads, after_s, clock
         self.waiting: list[Spare] = []
         self.well_since: float | None = None
 
@@ -55,7 +56,7 @@ class Spares:
             return
         for node in (Counter(nodes) - Counter(spare.node for spare in self.waiting)).elements():
             there = NodeAffinitySchedulingStrategy(node, soft=False)
-            self.waiting.append(Spare(node, *start_worker(self.prepare, scheduling_strategy=there)))
+            self.waiting.append(Spare(node, *start_worker(self.prepare, self.threads, scheduling_strategy=there)))
 
     def take(self, node: str) -> tuple[Any, Any] | None:
         """A worker on that node that has imported all, and what it tells of itself; None if there is none."""
