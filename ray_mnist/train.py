@@ -41,6 +41,8 @@ def train() -> None:
 
     parser = make_parser("train", DESCRIPTION)
     config = parse(parser, given)
+    if not config.num_workers and "--dashboard" not in {argument.partition("=")[0] for argument in given}:
+        config.dashboard = False  # a file's, such as that of the run to go on with, for when there are workers
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model, datamodule = instantiate(parser, config)
     arguments = options_of(config) | trainer_arguments(parser, config)

@@ -668,7 +668,10 @@ def test_resume_repeats_no_options_and_takes_those_given(run: Run, tmp_path: Pat
     assert before["model"]["init_args"]["lr"] == 0.02
     assert before["data"]["init_args"] | {"dataset": "digits", "batch_size": 50} == before["data"]["init_args"]
 
-    status, out, err = run("--resume", "--name", "x", "--max-epochs", "3")
+    config_file.write_text(yaml.safe_dump(before | {"num_workers": 2, "dashboard": True}))
+    here = ["--resume", "--name", "x", "--max-epochs", "3", "--num-workers", "0"]
+    assert "--dashboard shows workers on Ray" in run(*here, "--dashboard")[2]
+    status, out, err = run(*here)  # with which the dashboard of the workers is not meant any more
     assert (status, err) == (0, "")
     assert [row["epoch"] for row in read_metrics(RunFolder("runs", "x"))] == [1, 2, 3]
     assert "epoch 1/3" not in out
