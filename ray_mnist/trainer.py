@@ -117,9 +117,13 @@ class Trainer:
         check_kind(model, data)
         job = self._job("fit", model, data, self._name(model, data), ckpt_path, weights_only)
         folder = job.folder
-        with console.quiet(), self._own(folder, model), prepare(job, self.config, self.keep_workers) as (where, launch):
+        with (
+            console.quiet(),
+            self._own(folder, model),
+            prepare(job, self.config, self.keep_workers) as (where, launch),
+            trackers.begun(folder, self.loggers, self._elsewhere),
+        ):
             saved_config = folder.read("config.yaml") if self.config.resume else None
-            trackers.begin(folder, self.loggers, self._elsewhere)
             self._write_config(folder, model, data)
             console.say(f"{report.dataset_name(data, model)} · {report.describe_model(model)} · {where}")
             console.say(f"run folder {folder}")

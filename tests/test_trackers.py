@@ -262,6 +262,23 @@ def test_a_run_of_its_own_is_what_a_logger_was_given(store: str) -> None:
     assert [logger.version for logger in loggers + given] == [run.info.run_id, "mine", run.info.run_id, "other"]
 
 
+def test_a_run_that_is_refused_is_not_left_running(store: str) -> None:
+    """By another tracker, or later."""
+    loggers = [MLFlowLogger("digits", tracking_uri=store), MLFlowLogger(tracking_uri=store, run_id="none")]
+    with pytest.raises(RequestError, match="no run can be begun there"):
+        Trainer(storage_path="runs", logger=loggers).fit(SimpleModel(), MNISTDataModule("digits"))
+    logger = MLFlowLogger("digits", tracking_uri=store)
+
+    def later() -> None:
+        with trackers.begun(RunFolder("runs", "run"), [logger], elsewhere=True):
+            assert [run.info.status for run in mlflow_runs(store)] == ["RUNNING", "FAILED"]
+            raise RequestError("later")
+
+    with pytest.raises(RequestError, match="later"):
+        later()
+    assert [run.info.status for run in mlflow_runs(store)] == ["FAILED", "FAILED"]
+
+
 def test_a_tracker_that_fails_in_the_end_spoils_no_run(store: str) -> None:
     logger = MLFlowLogger("digits", tracking_uri=store, artifact_location=str(Path("file", "inside").absolute()))
     assert logger.run_id

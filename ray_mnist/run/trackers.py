@@ -4,7 +4,8 @@ import copy
 import io
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import yaml
@@ -43,6 +44,23 @@ def accept_changes(loggers: Iterable[Any]) -> None:
     for logger in trackers(loggers):
         if isinstance(logger, MLFlowLogger):
             lightning_logger_internals.keep_first_values(logger)
+
+
+@contextmanager
+def begun(folder: RunFolder, loggers: Iterable[Any], elsewhere: bool) -> Iterator[None]:
+    """Begins with the trackers' runs, see `begin`, which end as failed where that, or what the `with` does, fails.
+
+    Workers that die cannot say so. W&B finds out for itself.
+    """
+    try:
+        begin(folder, loggers, elsewhere)
+        yield
+    except BaseException:
+        for logger in trackers(loggers):
+            if isinstance(logger, MLFlowLogger):
+                with suppress(Exception):  # it may be the tracker that failed
+                    logger.finalize("failed")
+        raise
 
 
 def begin(folder: RunFolder, loggers: Iterable[Any], elsewhere: bool) -> None:

@@ -136,34 +136,37 @@ class Trial(tune.Trainable):
         self.thread.start()
 
     def _train(self, parameters: dict[str, Any]) -> None:
-        config = self.plan.config
         try:
             job = self.plan.job(parameters, self.trial_id)
-            trackers.begin(job.folder, job.callbacks_and_loggers, elsewhere=config.max_workers > 1)
-            if config.max_workers > 1:
-                from ray_mnist.launch import ray
-                from ray_mnist.ray_train_internals import TrialTorchTrainer
-
-                ray.launch(job, config, self._tell, TrialTorchTrainer)
-            else:
-                metrics = RunMetrics(job.name)
-
-                def tell(event: Event) -> None:
-                    metrics.take(event)
-                    self._tell(event)
-
-                callbacks = [*job.lightning["callbacks"], self.stop_when_told]
-                job = replace(job, lightning=job.lightning | {"callbacks": callbacks})
-                try:
-                    run(job, LocalContext(job, config.use_gpu, tell))
-                finally:
-                    trackers.close(job.callbacks_and_loggers)  # the next trial's is in this process, too
+            with trackers.begun(job.folder, job.callbacks_and_loggers, elsewhere=self.plan.config.max_workers > 1):
+                self._run(job)
         except Stopped:
             pass
         except BaseException as error:
             self.error = error
         finally:
             self.news.put(None)
+
+    def _run(self, job: Job) -> None:
+        config = self.plan.config
+        if config.max_workers > 1:
+            from ray_mnist.launch import ray
+            from ray_mnist.ray_train_internals import TrialTorchTrainer
+
+            ray.launch(job, config, self._tell, TrialTorchTrainer)
+        else:
+            metrics = RunMetrics(job.name)
+
+            def tell(event: Event) -> None:
+                metrics.take(event)
+                self._tell(event)
+
+            callbacks = [*job.lightning["callbacks"], self.stop_when_told]
+            job = replace(job, lightning=job.lightning | {"callbacks": callbacks})
+            try:
+                run(job, LocalContext(job, config.use_gpu, tell))
+            finally:
+                trackers.close(job.callbacks_and_loggers)  # the next trial's is in this process, too
 
     def _tell(self, event: Event) -> None:
         if isinstance(event, Progress):
