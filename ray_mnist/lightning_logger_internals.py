@@ -62,6 +62,8 @@ def continue_mlflow(logger: MLFlowLogger, run_id: str | None) -> str:
 def continue_wandb(logger: WandbLogger, run_id: str | None) -> str:
     """Has the logger write to its own run, or else to the one of this id, or else to a new one; returns its id."""
     logger._id = logger._wandb_init["id"] = logger.version or run_id or uuid.uuid4().hex[:8]
+    if (run := logger._experiment) is not None:  # which the logger may have been given: it goes on where that is
+        logger._wandb_init |= {"project": run.project, "entity": run.entity or None, "mode": run.settings.mode}
     logger._wandb_init["resume"] = logger._wandb_init["resume"] or "allow"  # which --trainer.logger takes away
     return logger._id
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+import wandb
 import yaml
 from conftest import wait_until
 from lightning_utilities.core.imports import RequirementCache
@@ -260,6 +261,18 @@ def test_a_run_of_its_own_is_what_a_logger_was_given(store: str) -> None:
     given = [MLFlowLogger(tracking_uri=store, run_id=run.info.run_id), WandbLogger(id="other")]
     trackers.begin(folder, given, elsewhere=False)
     assert [logger.version for logger in loggers + given] == [run.info.run_id, "mine", run.info.run_id, "other"]
+
+
+def test_workers_go_on_in_the_wandb_run_that_a_script_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    begun = wandb.init(project="theirs", entity="team", mode="offline")
+    logger = WandbLogger(experiment=begun)
+    trackers.begin(RunFolder("runs", "run"), [logger], elsewhere=True)
+    (sent,) = trackers.copies([logger])
+    run = sent.experiment
+    assert run is not begun
+    assert (run.id, run.project, run.entity, run.offline) == (begun.id, "theirs", "team", True)
+    run.finish()
 
 
 def test_a_run_that_is_refused_is_not_left_running(store: str) -> None:
