@@ -4,7 +4,7 @@ from typing import Any
 
 from ray_mnist.cli import console
 from ray_mnist.cli.parser import add_options, make_command
-from ray_mnist.cli.saved_run import RUN_FOLDER, build, misfit, open_run
+from ray_mnist.cli.saved_run import RUN_FOLDER, build, load, open_run
 from ray_mnist.errors import RequestError
 
 PLACES = ("num_workers", "use_gpu", "cpus_per_worker", "tpu_cores", "address")
@@ -27,6 +27,7 @@ def evaluate() -> list[dict[str, float]]:
     if data is None:
         raise RequestError(f"The config.yaml of {run.folder} does not say what it was trained on: give --data CLASS.")
     check_fit(model, data)
+    load(run, model)  # whether it fits is found out here, and not by the workers
     trainer = Trainer(
         **{name: options[name] for name in PLACES},
         storage_path=run.folder.storage_path,
@@ -34,17 +35,7 @@ def evaluate() -> list[dict[str, float]]:
         seed=run.config["seed"],
         logger=False,
     )
-    checkpoint = run.folder.location(run.checkpoint)
-    try:
-        metrics = trainer.test(model, datamodule=data, ckpt_path=checkpoint, verbose=False)
-    except (EOFError, RuntimeError) as error:
-        if (
-            not isinstance(error, EOFError)
-            and "state_dict" not in str(error)
-            and "PytorchStreamReader" not in str(error)
-        ):
-            raise
-        raise misfit(checkpoint, error) from error
+    metrics = trainer.test(model, datamodule=data, ckpt_path=run.folder.location(run.checkpoint), verbose=False)
     for loader in metrics:
         found = "  ".join(f"{name} {value:.4f}" for name, value in loader.items())
         console.say(f"{found} on {dataset_name({'datamodule': data}, model)}; {run.folder}/{run.checkpoint}")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import every_damage
 
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer, evaluate, export, runs, train
 from ray_mnist.cli import console
@@ -164,16 +165,17 @@ def test_a_run_that_names_no_data_needs_it_named(storage: Path, run: Any, tmp_pa
     assert f"test_accuracy {result(storage / 'shell')['test_accuracy']:.4f} on digits" in out
 
 
-@pytest.mark.parametrize("keep", [0, -100])
+@every_damage
 @pytest.mark.parametrize("command", [evaluate.evaluate, export.export])
-def test_a_checkpoint_that_is_cut_off_is_one_sentence(
-    command: Any, keep: int, storage: Path, run: Any, tmp_path: Path
+def test_a_damaged_checkpoint_is_one_sentence(
+    command: Any, damage: Callable[[bytes], bytes], why: str, storage: Path, run: Any, tmp_path: Path
 ) -> None:
     shutil.copytree(storage / "shell", tmp_path / "run")
     for file in (tmp_path / "run").glob(f"*/{CHECKPOINT}"):
-        file.write_bytes(file.read_bytes()[:keep])
+        file.write_bytes(damage(file.read_bytes()))
     more = [tmp_path / "out", "--format", "torch-export"] if command is export.export else []
-    assert "cannot be loaded into the model" in refused(run(command, tmp_path / "run", *more))
+    best = tmp_path / "run" / result(storage / "shell")["best_checkpoint"] / CHECKPOINT
+    assert refused(run(command, tmp_path / "run", *more)) == f"error: The checkpoint {best} {why}.\n"
 
 
 def test_a_model_of_the_script_that_was_run_needs_its_module(storage: Path, run: Any, tmp_path: Path) -> None:

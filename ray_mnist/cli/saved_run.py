@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import sys
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -51,16 +52,18 @@ class SavedRun:
         except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
             raise RequestError(f"The run folder {folder} cannot be read: {one_line(error)}") from error
 
-    @property
+    @cached_property
     def checkpoint(self) -> str:
         """The name of the best checkpoint, before the run's end of the newest.
 
         Raises:
-            RequestError: there is none.
+            RequestError: there is none, or it is not as it was written.
         """
         name = self.result.get("best_checkpoint") or next(iter(self.folder.checkpoints()), None)
         if name is None or not self.folder.has(f"{name}/{CHECKPOINT}"):
             raise RequestError(f"There is no checkpoint in {self.folder}: its run has not come so far, or was a trial.")
+        if damage := self.folder.damage(name):
+            raise RequestError(f"The checkpoint {self.folder.location(name)} {damage}.")
         return str(name)
 
 
@@ -109,7 +112,7 @@ def load(run: SavedRun, model: "LightningModule") -> None:
     """Gives `model` the weights of the run's checkpoint, and makes it ready to be asked.
 
     Raises:
-        RequestError: they do not fit, or the checkpoint could run code.
+        RequestError: they do not fit, or the checkpoint is damaged or could run code.
     """
     import torch
 
@@ -127,11 +130,6 @@ def load(run: SavedRun, model: "LightningModule") -> None:
             model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
     except pickle.UnpicklingError as error:
         raise refused(location) from error
-    except (EOFError, RuntimeError) as error:
-        raise misfit(location, error) from error
+    except RuntimeError as error:
+        raise RequestError(f"The weights in {location} cannot be loaded into the model: {one_line(error)}") from error
     model.eval()
-
-
-def misfit(location: str, error: Exception) -> RequestError:
-    """What to say of a checkpoint that the model does not load."""
-    return RequestError(f"The weights in {location} cannot be loaded into the model: {one_line(error)}")

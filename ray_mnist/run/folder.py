@@ -155,18 +155,24 @@ class RunFolder:
     def newest_sound_checkpoint(self, passed_over: Callable[[str, str], None]) -> str | None:
         """The newest checkpoint that is as it was written; None if there is none.
 
-        The file is read to its end. One that has no checksum, as of an older run, counts if it is complete.
-
         Args:
             passed_over: takes the location of each newer one, and what is wrong with it.
         """
         for name in self._checkpoint_folders():
-            if not self._whole(name):
-                passed_over(self.location(name), "is not complete")
-            elif not self._as_written(name):
-                passed_over(self.location(name), "has changed since it was written: its checksum is another")
-            else:
+            if not (damage := self.damage(name)):
                 return name
+            passed_over(self.location(name), damage)
+        return None
+
+    def damage(self, name: str) -> str | None:
+        """What is wrong with a checkpoint; None if it is as it was written.
+
+        The file is read to its end. One that has no checksum, as of an older run, counts if it is complete.
+        """
+        if not self._whole(name):
+            return "is not complete"
+        if not self._as_written(name):
+            return "has changed since it was written: its checksum is another"
         return None
 
     def _checkpoint_folders(self) -> list[str]:
