@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -56,6 +57,16 @@ def pytest_collection_finish() -> None:
         from multiprocessing import forkserver  # not before `pytest_configure`, see there
 
         forkserver.ensure_running()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Has each test, with the fixtures that it is the first to use, draw the same, whatever was drawn before it."""
+    random.seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

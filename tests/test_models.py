@@ -51,6 +51,11 @@ def test_the_size_follows_images_and_classes(
     assert model(torch.rand(5, *shape)).shape == (5, classes)
 
 
+def test_a_test_draws_what_it_would_draw_alone() -> None:
+    """So does a fixture that makes a model; see `pytest_runtest_setup`."""
+    assert torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(0))
+
+
 @BOTH
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
