@@ -7,17 +7,28 @@ from ray_mnist import lightning_package  # noqa: F401  (from here on `lightning`
 
 if TYPE_CHECKING:
     from ray_mnist.data import MNISTDataModule
+    from ray_mnist.distributed.ray_data import RayDataLoader
     from ray_mnist.errors import RequestError, TrainingError
     from ray_mnist.models import ConvModel, SimpleModel
     from ray_mnist.search.sweep import tune
     from ray_mnist.trainer import Trainer
 
-__all__ = ["ConvModel", "MNISTDataModule", "RequestError", "SimpleModel", "Trainer", "TrainingError", "tune"]
+__all__ = [
+    "ConvModel",
+    "MNISTDataModule",
+    "RayDataLoader",
+    "RequestError",
+    "SimpleModel",
+    "Trainer",
+    "TrainingError",
+    "tune",
+]
 
 # Imported where they are used: Ray Train's controller needs neither torch nor Lightning, which take seconds.
 _MODULES = {
     "ConvModel": "models",
     "MNISTDataModule": "data",
+    "RayDataLoader": "distributed.ray_data",
     "RequestError": "errors",
     "SimpleModel": "models",
     "Trainer": "trainer",

@@ -21,7 +21,7 @@ from ray_mnist.distributed.draws import SameDraws, compare_draws
 from ray_mnist.distributed.loaders import resumable_loaders
 from ray_mnist.distributed.metrics import EpochSoFar, MetricSync
 from ray_mnist.distributed.serialization import fingerprints, public_state, sendable
-from ray_mnist.distributed.sharding import interleave
+from ray_mnist.distributed.shares import interleave
 from ray_mnist.distributed.strategy import LoadsOncePerNode, SavesOwnPart, WeighsLosses, extend, shard_loaders
 from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.divergence import FiniteLoss

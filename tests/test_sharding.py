@@ -30,15 +30,11 @@ from ray_mnist.distributed.samples import SeededDataset, fetches_batches
 from ray_mnist.distributed.sharding import (
     CollateShard,
     SeededIndices,
-    Shard,
     ShardedBatchSampler,
     ShardedStream,
-    interleave,
-    round_robin,
     seed_generators,
-    shard_evaluation,
-    shard_training,
 )
+from ray_mnist.distributed.shares import Shard, interleave, round_robin, shard_evaluation, shard_training
 
 SIZE, BATCH = 53, 10  # the last batch has 3
 WORLD_SIZES = range(1, 9)

@@ -18,6 +18,8 @@ from ray_mnist.run.folder import RunFolder
 Bundle = dict[str, float]
 PROBE_BYTES = 1_000_000
 PROBE_TIMEOUT_S = 60
+# For Ray Data: a stream that is trained on keeps its own while another one validates.
+CPUS_FOR_DATA = 2
 WAIT_FOR_NODES_S = 600  # a cloud's machine takes minutes to start and to be set up
 
 
@@ -102,6 +104,30 @@ def check_resources(num_workers: int, bundle: Bundle, wait_s: float, say: Callab
     finally:
         remove_placement_group(group)
     return Cluster.current()
+
+
+def check_cpus_for_data() -> float:
+    """How many CPUs each stream of Ray Data may use, of those that no run's workers have reserved.
+
+    Raises:
+        RequestError: there are too few, and its tasks would wait for ever.
+    """
+    import ray
+    from ray.util import placement_group_table
+
+    from ray_mnist import ray_internals
+
+    total = ray.cluster_resources().get("CPU", 0)
+    groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+    reserved = sum(bundle.get("CPU", 0) for group in groups for bundle in group["bundles"].values())
+    free = total - reserved
+    if free < CPUS_FOR_DATA and not ray_internals.has_autoscaler():
+        raise RequestError(
+            f"Ray Data needs {CPUS_FOR_DATA} CPUs beside the workers, which have {reserved:g} of the "
+            f"{count(total, 'CPU')} of the cluster at {Cluster.current().address}: use fewer --num-workers or "
+            "--cpus-per-worker, or give Ray more, as with `ray start --num-cpus`."
+        )
+    return max(1, free // CPUS_FOR_DATA)
 
 
 def wanted(num_workers: int, bundle: Bundle) -> str:

@@ -14,22 +14,26 @@ from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.data import extract_batch_size
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, default_convert
 
+from ray_mnist.distributed.ray_data import RayDataLoader, ShardsOfRank
 from ray_mnist.distributed.samples import SeededDataset, collates_rows
 from ray_mnist.distributed.sharding import (
-    ALL,
     SHARES_ITSELF_OUT,
     CollateShard,
     EpochPass,
-    ShardBatches,
     ShardedBatchSampler,
     ShardedStream,
     WorkerInit,
+    seed_generators,
+)
+from ray_mnist.distributed.shares import (
+    ALL,
+    ShardBatches,
     round_robin,
     round_robin_in_step,
-    seed_generators,
     shard_evaluation,
     shard_training,
 )
+from ray_mnist.distributed.streams import neighbours
 from ray_mnist.errors import RequestError
 from ray_mnist.lightning_internals import is_sharded, record_like
 
@@ -221,6 +225,30 @@ class ShardedLoader(ResumableLoader):
         yield from islice(chain(first, batches), *((0, stop, 1) if whole else self.batch_slice))
 
 
+class ShardedRayData(ResumableLoader):
+    """Hands out this rank's shard of each batch of a RayDataLoader.
+
+    Args:
+        shards: where they come from.
+        **options: as for `ResumableLoader`.
+    """
+
+    def __init__(
+        self,
+        loader: RayDataLoader,
+        seed: int,
+        position: Callable[[], tuple[int, int]],
+        shards: ShardsOfRank,
+        **options: Any,
+    ) -> None:
+        super().__init__(loader, seed, position, **options)
+        self.shards = shards
+
+    def _begin(self) -> tuple[int, Iterator[tuple[int, float, Any]]]:
+        shards = self.shards.begin(self.start)
+        return self.start, ((shard.samples, shard.weight, self.loader.collate(columns)) for shard, columns in shards)
+
+
 def sliced_length(batch_slice: BatchSlice, batches: int) -> int:
     """How many of so many batches are handed out."""
     return len(range(*slice(*batch_slice).indices(batches)))
@@ -262,6 +290,8 @@ def shard_loader(
     stream = batched and isinstance(loader.dataset, IterableDataset)
     if presharded or has_distributed_sampler(loader):
         return ResumableLoader(loader, batch_slice=batch_slice, **options)  # the user's own code shards it
+    if isinstance(loader, RayDataLoader):
+        return shard_ray_data(trainer, loader, batch_slice[1], options)
     if trainer.predicting:
         batch_slice = (rank, batch_slice[1], world_size)
         if is_sharded(trainer.strategy) and world_size > 1:
@@ -287,15 +317,39 @@ def shard_loader(
             f"{describe(loader)} hands out finished batches, which {world_size} workers cannot share: use a DataLoader "
             "with a batch_size, or share the data out yourself and give Trainer use_distributed_sampler=False."
         )
-    if training and not stream and loader.batch_size and loader.batch_size < world_size:
-        raise RequestError(
-            f"batch_size={loader.batch_size} is the batch over all workers, and {world_size} workers cannot share it: "
-            f"use at least {world_size}."
-        )
+    if training and not stream and loader.batch_size:
+        check_batch_size(loader.batch_size, world_size)
     shard_batches = partial(shard_training if training else shard_evaluation, rank=rank, world_size=world_size)
     return ShardedLoader(
         loader, shard_batches=shard_batches, length=int if training or stream or world_size == 1 else None, **options
     )
+
+
+def shard_ray_data(
+    trainer: pl.Trainer, loader: RayDataLoader, stop: int | None, options: dict[str, Any]
+) -> ShardedRayData:
+    """The same of a Ray Data set; a prediction ends with batch `stop`. To be called on all ranks together."""
+    ranks, world_size = range(trainer.world_size), trainer.world_size
+    shard_batches: list[ShardBatches]
+    if trainer.predicting:
+        turns = round_robin_in_step if is_sharded(trainer.strategy) and world_size > 1 else round_robin
+        shard_batches = [partial(turns, batch_slice=(rank, stop, world_size)) for rank in ranks]
+    else:
+        if trainer.training:
+            check_batch_size(loader.batch_size, world_size)
+        rule = shard_training if trainer.training else shard_evaluation
+        shard_batches = [partial(rule, rank=rank, world_size=world_size, share=neighbours) for rank in ranks]
+    shards = ShardsOfRank(loader, shard_batches, trainer.global_rank, trainer.strategy.broadcast)
+    return ShardedRayData(loader, shards=shards, **options)
+
+
+def check_batch_size(batch_size: int, world_size: int) -> None:
+    """Raises RequestError where a batch has fewer samples than there are workers."""
+    if batch_size < world_size:
+        raise RequestError(
+            f"batch_size={batch_size} is the batch over all workers, and {world_size} workers cannot share it: "
+            f"use at least {world_size}."
+        )
 
 
 def has_distributed_sampler(loader: Any) -> bool:

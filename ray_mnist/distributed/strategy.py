@@ -15,7 +15,8 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.tensor import DTensor
 
-from ray_mnist.distributed.loaders import shard_loader
+from ray_mnist.distributed.loaders import ShardedRayData, shard_loader
+from ray_mnist.distributed.ray_data import ShardsOfRank
 from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.errors import RequestError
 from ray_mnist.lightning_internals import is_sharded
@@ -45,6 +46,7 @@ class ShardsLoaders(Strategy):
     presharded: bool
     limit: int | float
     loaders_seen: Counter[Any]
+    ray_data: dict[Any, ShardsOfRank]  # of the loaders in use
 
     def process_dataloader(self, dataloader: object) -> object:
         """Shards it."""
@@ -54,13 +56,32 @@ class ShardsLoaders(Strategy):
         number = self.loaders_seen[where]
         self.loaders_seen[where] += 1
         shard = shard_loader(trainer, dataloader, self.seed, self.presharded, self.limit, number)
+        if isinstance(shard, ShardedRayData):
+            place = trainer.state.stage, number
+            if place in self.ray_data:
+                self.ray_data[place].end()
+            self.ray_data[place] = shard.shards
         return super().process_dataloader(shard)
+
+    def teardown(self) -> None:
+        """Ends what the loaders have in other processes."""
+        while self.ray_data:
+            self.ray_data.popitem()[1].end()
+        super().teardown()
 
 
 def shard_loaders(trainer: pl.Trainer, seed: int, presharded: bool) -> None:
     """Has each of the trainer's loaders sharded among its workers, or left `presharded` but for where it begins."""
     limit, trainer.limit_predict_batches = trainer.limit_predict_batches, 1.0
-    extend(trainer.strategy, ShardsLoaders, seed=seed, presharded=presharded, limit=limit, loaders_seen=Counter())
+    extend(
+        trainer.strategy,
+        ShardsLoaders,
+        seed=seed,
+        presharded=presharded,
+        limit=limit,
+        loaders_seen=Counter(),
+        ray_data={},
+    )
 
 
 class StaysOnDevice(DDPStrategy):

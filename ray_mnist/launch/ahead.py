@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from ray_mnist import ray_internals
-from ray_mnist.checks.preflight import WAIT_FOR_NODES_S
+from ray_mnist.checks.preflight import CPUS_FOR_DATA, WAIT_FOR_NODES_S
 from ray_mnist.config import RunConfig
 from ray_mnist.lightning_package import import_heavy, package_in_use
 
@@ -53,9 +53,9 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
 def enough_cpus(config: RunConfig, cpus: int = 0) -> int:
     """How many logical CPUs a local Ray needs for the run, or for `cpus` of trials.
 
-    More workers than cores run in turns: slower, and good enough to try a run out.
+    More workers than cores run in turns: slower, and good enough to try a run out. Ray Data has some beside them.
     """
-    return max(os.cpu_count() or 1, config.max_workers * (config.cpus_per_worker or 1), cpus)
+    return max(os.cpu_count() or 1, max(config.max_workers * (config.cpus_per_worker or 1), cpus) + CPUS_FOR_DATA)
 
 
 def import_worker(package: str) -> None:
