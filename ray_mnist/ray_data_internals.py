@@ -24,7 +24,8 @@ def pieces(dataset: Dataset, cpus: float) -> Iterator[Piece]:
     """
     context = dataset.context
     context.enable_progress_bars = context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)  # Ray has a line for each time through
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # it has a line for each time through
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # and one for what was just set
     context.execution_no_progress_timeout_s = -1  # a stream waits for as long as a validation takes
     options = context.execution_options
     options.preserve_order = True

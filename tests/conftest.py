@@ -18,10 +18,10 @@ from typing import NoReturn
 import psutil
 import pytest
 
-# Ray reads these at import, and whatever the tests start inherits them. The last saves clusters a process for each
-# logical CPU, which nothing uses.
+# Ray reads these at import, and whatever the tests start inherits them. The last two save clusters a process for each
+# logical CPU, which nothing uses, and 31 for each time that Ray Data reads Parquet files.
 os.environ |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-os.environ |= {"RAY_prestart_worker_first_driver": "0"}
+os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1"}
 for name in ("RAY_ADDRESS", "RAY_TMPDIR"):
     os.environ.pop(name, None)
 

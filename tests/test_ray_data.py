@@ -1,8 +1,9 @@
 """A Ray Data set as a loader: the same batches at every world size, of which each rank fetches its own."""
 
+import threading
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import pytorch_lightning as pl
 import ray
 import ray.data
 import torch
+from conftest import wait_until
 from sklearn.datasets import load_digits
+from torch import Tensor, nn
 
-from ray_mnist import RayDataLoader, RequestError
+from ray_mnist import RayDataLoader, RequestError, Trainer
 from ray_mnist.distributed.loaders import ShardedRayData, samples_seen
-from ray_mnist.distributed.ray_data import ShardsOfRank
-from ray_mnist.distributed.shares import round_robin, shard_evaluation, shard_training
+from ray_mnist.distributed.ray_data import NAMESPACE, ShardsOfRank
+from ray_mnist.distributed.shares import shard_evaluation, shard_training
 from ray_mnist.distributed.streams import Rows, cut, neighbours
 
 pytestmark = [
@@ -49,21 +53,27 @@ class Ranks:
         rule = shard_training if training else shard_evaluation
         sizes = {"world_size": world_size, "share": neighbours}
         shard_batches = [partial(rule, rank=rank, **sizes) for rank in range(world_size)]
-        self.at, names = (0, 0), list[str]()
+        names: list[str] = []
 
         def broadcast(name: str) -> str:
             names.append(name)
             return names[0]
 
+        self.loader, self.training = loader, training
         self.shards = [ShardsOfRank(loader, shard_batches, rank, broadcast) for rank in range(world_size)]
-        options: dict[str, Any] = {"training": training, "weighing": training}
-        self.loaders = [ShardedRayData(loader, 0, lambda: self.at, shards=each, **options) for each in self.shards]
 
-    def batches(self, epoch: int = 0, batch: int = 0) -> Iterator[list[list[int]]]:
-        """The rows of each global batch from there on, by rank."""
-        self.at = epoch, batch
+    def batches(self, epoch: int = 0, batch: int = 0, seed: int = 0) -> Iterator[list[list[int]]]:
+        """The rows of each global batch of a run that begins there, by rank."""
+        options: dict[str, Any] = {"training": self.training, "weighing": self.training}
+        self.loaders = [
+            ShardedRayData(self.loader, seed, lambda: (epoch, batch), shards=each, **options) for each in self.shards
+        ]
         for shares in zip(*self.loaders, strict=True):
             yield [share["row"].tolist() for share in shares]
+
+    def end(self) -> None:
+        for each in self.shards:
+            each.end()
 
 
 def joined(batches: Iterator[list[list[int]]]) -> list[list[int]]:
@@ -75,15 +85,230 @@ def ranks(request: pytest.FixtureRequest, digits: str) -> Iterator[list[Ranks]]:
     """One rank, two and three."""
     made = [Ranks(RayDataLoader(ray.data.read_parquet(digits), BATCH, request.param), size) for size in (1, 2, 3)]
     yield made
-    for each in chain(*(one.shards for one in made)):
+    for each in made:
         each.end()
+    wait_until(lambda: not coordinators(), 60, "the coordinators to end")
 
 
-def test_batches(ranks: list[Ranks]) -> None:
+def coordinators() -> list[Any]:
+    return [each for each in ray.util.list_named_actors(all_namespaces=True) if each["namespace"] == NAMESPACE]
+
+
+def test_any_number_of_ranks_has_the_same_batches(ranks: list[Ranks]) -> None:
     alone, *several = ranks
     whole = joined(alone.batches(3))
     assert sorted(chain(*whole)) == [*range(SIZE)]
+    assert [len(batch) for batch in whole] == [BATCH] * 7 + [SIZE - 7 * BATCH]
     for each in several:
-        assert joined(each.batches(3)) == whole
-        assert joined(each.batches(3, 5)) == whole[5:]
-        assert (joined(each.batches(4)) == whole) is not "shuffled"
+        found = [*each.batches(3)]
+        assert joined(iter(found)) == whole
+        # Of each batch as much as of any other loader's, and weighed alike.
+        sizes = [[len(batch[rank :: len(each.loaders)]) for rank in range(len(each.loaders))] for batch in whole]
+        assert [[len(share) for share in batch] for batch in found] == sizes
+        for rank, loader in enumerate(each.loaders):
+            weights = [size[rank] * len(size) / sum(size) for size in sizes]
+            assert [*loader.weights.values()] == weights
+
+
+def test_a_resumed_epoch_goes_on_at_the_very_next_batch(ranks: list[Ranks]) -> None:
+    whole = [*ranks[1].batches(3)]
+    assert [*ranks[1].batches(3, 5)] == whole[5:]
+    assert joined(ranks[2].batches(3, 5)) == joined(iter(whole))[5:]
+
+
+def test_an_epoch_that_is_broken_off_leaves_nothing_behind(ranks: list[Ranks]) -> None:
+    for each in ranks[:2]:
+        whole = [*each.batches(3)]
+        assert [*islice(each.batches(3), 2)] == whole[:2]
+        assert [*each.batches(3)] == whole
+    wait_until(lambda: not [each for each in threading.enumerate() if "Executor" in each.name], 60, "Ray Data to end")
+
+
+def test_each_epoch_is_shuffled_anew(ranks: list[Ranks]) -> None:
+    epochs = [joined(ranks[0].batches(epoch)) for epoch in (0, 1, 1)]
+    shuffled = ranks[0].loader.shuffle
+    assert (epochs[0] != [[*range(first, min(first + BATCH, SIZE))] for first in range(0, SIZE, BATCH)]) is shuffled
+    assert (epochs[0] != epochs[1]) is shuffled
+    assert epochs[1] == epochs[2]
+
+
+def test_another_seed_shuffles_otherwise_and_other_blocks_do_not(digits: str) -> None:
+    """How many blocks Ray reads depends on the CPUs of the cluster."""
+    found = []
+    for blocks, seed in ((1, 0), (9, 0), (1, 1)):
+        dataset = ray.data.read_parquet(digits, override_num_blocks=blocks)
+        found.append(joined(Ranks(RayDataLoader(dataset, 16, shuffle=True), 1).batches(seed=seed)))
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("batch_size", [2, BATCH])
+def test_evaluation_has_each_row_once_and_equally_many_batches_on_all_ranks(digits: str, batch_size: int) -> None:
+    ranks = Ranks(RayDataLoader(ray.data.read_parquet(digits).limit(50), batch_size), 3, training=False)
+    for _ in range(2):
+        batches = [*ranks.batches()]
+        assert [*chain(*chain(*batches))] == [*range(50)]
+        assert all(share for batch in batches for share in batch)
+        assert samples_seen(ranks.loaders) == 50
+    ranks.end()
+
+
+def test_columns(digits: str) -> None:
+    loader = RayDataLoader(ray.data.read_parquet(digits), 400, drop_last=True)
+    (batch,) = loader
+    (expected,) = loader.dataset.iter_torch_batches(batch_size=400, drop_last=True)
+    assert {name: column.dtype for name, column in batch.items()} == {
+        "row": torch.int64,
+        "image": torch.float32,
+        "label": torch.int64,
+    }
+    for name, column in batch.items():
+        torch.testing.assert_close(column, expected[name].cpu())
+        column += 1  # which those of the object store do not survive
+    labels = RayDataLoader(loader.dataset, 400, collate_fn=lambda columns: columns["label"].tolist())
+    assert [*chain(*labels)] == load_digits().target[:SIZE].tolist()
+
+
+def test_a_row_is_fetched_by_the_rank_that_it_is_for() -> None:
+    rows = Rows([("one", 0, 10), ("two", 5, 10), ("three", 0, 3)])
+    assert [neighbours(rows, rank, 4).pieces for rank in range(4)] == [
+        [("one", 0, 5)],
+        [("one", 5, 10)],
+        [("two", 5, 9)],
+        [("two", 9, 10), ("three", 0, 3)],
+    ]
+    batches = [batch.pieces for batch in cut(iter([*rows.pieces, ("four", 0, 1)]), 8, drop_last=False)]
+    assert batches == [
+        [("one", 0, 8)],
+        [("one", 8, 10), ("two", 5, 10), ("three", 0, 1)],
+        [("three", 1, 3), ("four", 0, 1)],
+    ]
+
+
+def refusal(call: Any) -> str:
+    """The one line that a call is refused with."""
+    with pytest.raises(RequestError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_refused(digits: str, tmp_path: Path) -> None:
+    dataset = ray.data.read_parquet(digits)
+    assert refusal(lambda: RayDataLoader(digits, 8)) == "RayDataLoader takes a ray.data.Dataset, not a str."
+    for batch_size in (0, 2.5, True):
+        assert "is not possible: give " in refusal(lambda size=batch_size: RayDataLoader(dataset, size))
+    few = Ranks(RayDataLoader(dataset.limit(2), 2), 3, training=False)
+    assert refusal(lambda: [*few.batches()]) == "2 evaluation samples are fewer than the 3 workers: use at most 2."
+    few.end()
+    pq.write_table(pa.table({"name": ["a", "b"], "row": [0, 1]}), tmp_path / "names.parquet")
+    named = RayDataLoader(ray.data.read_parquet(str(tmp_path)), 2)
+    assert refusal(lambda: [*named]).startswith("Column name of the Ray Data set cannot be a tensor: leave it out, or ")
+
+
+def test_no_cpu_left_for_ray_data_is_said_at_once(digits: str) -> None:
+    held = ray.util.placement_group([{"CPU": 3.5}] * 2)
+    assert held.wait(60)
+    loader = RayDataLoader(ray.data.read_parquet(digits), 8)
+    assert "Ray Data needs 2 CPUs beside the workers, which have 7 of the 8 CPUs of the cluster at " in refusal(
+        lambda: [*loader]
+    )
+    ray.util.remove_placement_group(held)
+
+
+# In a training
+
+
+class Digits(pl.LightningDataModule):
+    """Reads where it trains: 400 digits to train on, and 100 for all else."""
+
+    def __init__(self, folder: str, wrap: Any = RayDataLoader) -> None:
+        super().__init__()
+        self.folder, self.wrap, self.address = folder, wrap, ray.get_runtime_context().gcs_address
+
+    def setup(self, stage: str) -> None:
+        """Joins the cluster, of which workers over gloo are no part."""
+        if not ray.is_initialized():
+            ray.init(self.address, log_to_driver=False, logging_level="ERROR")
+
+    def train_dataloader(self) -> Any:
+        files = [f"{self.folder}/{part}.parquet" for part in range(3)]
+        return self.wrap(ray.data.read_parquet(files), BATCH, shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        return RayDataLoader(ray.data.read_parquet(f"{self.folder}/3.parquet"), 30)
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+
+class Linear(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(64, 10)
+
+    def loss(self, batch: Any, name: str) -> Tensor:
+        loss = nn.functional.cross_entropy(self.net(batch["image"] / 16), batch["label"])
+        self.log(name, loss, on_step=False, on_epoch=True, batch_size=len(batch["label"]))
+        return loss
+
+    def training_step(self, batch: Any) -> Tensor:
+        return self.loss(batch, "train_loss")
+
+    def validation_step(self, batch: Any) -> None:
+        self.loss(batch, "val_loss")
+
+    def test_step(self, batch: Any) -> None:
+        self.log("rows", float(len(batch["row"])), reduce_fx="sum", on_epoch=True)
+        self.log("sum", batch["row"].double().sum(), reduce_fx="sum", on_epoch=True)
+
+    def predict_step(self, batch: Any) -> Tensor:
+        rows: Tensor = batch["row"]
+        return rows
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Fails(pl.Callback):
+    """At the tenth step."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 10:
+            raise InterruptedError
+
+
+def fit(folder: str, runs: Path, num_workers: int, name: str = "run", **options: Any) -> Trainer:
+    pl.seed_everything(1, verbose=False)
+    trainer = Trainer(max_epochs=2, num_workers=num_workers, storage_path=str(runs), name=name, **options)
+    trainer.fit(Linear(), Digits(folder))
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def alone(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return fit(digits, tmp_path_factory.mktemp("alone"), 0)
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_the_losses_do_not_depend_on_the_number_of_workers(
+    num_workers: int,
+    alone: Trainer,
+    gloo: None,
+    digits: str,
+    tmp_path: Path,
+) -> None:
+    trainer = fit(digits, tmp_path, num_workers)
+    assert trainer.global_step == 2 * 7
+    assert len(trainer.result.history) == 2
+    for mine, theirs in zip(trainer.result.history, alone.result.history, strict=True):
+        assert [mine[loss] for loss in ("train_loss", "val_loss")] == pytest.approx(
+            [theirs[loss] for loss in ("train_loss", "val_loss")], rel=1e-5
+        )
+    print(trainer.result.values, trainer.result.history)
+    predicted = trainer.predict(Linear(), Digits(digits))
+    assert predicted is not None
+    assert [batch.tolist() for batch in predicted] == [
+        [*range(first, min(first + 30, 500))] for first in range(400, 500, 30)
+    ]
+    tested = trainer.test(Linear(), Digits(digits), verbose=False)
+    assert tested == [{"rows": 100.0, "sum": float(sum(range(400, 500)))}]
+    wait_until(lambda: not coordinators(), 60, "the coordinators to end")

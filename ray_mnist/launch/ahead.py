@@ -29,6 +29,8 @@ RAY_TRAIN_SETTINGS = {
     # How often Ray looks whether the workers are done or dead: 2 s would be added to every run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
+# Ray Data reads it: for each time through Parquet files it starts so many processes, 32 unless told.
+RAY_DATA_SETTINGS = {"RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": str(os.cpu_count() or 1)}
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 _workers: list[Any] = []  # of the next run
@@ -40,7 +42,8 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
     Not started yet are the workers of trials, and those that have a GPU: Ray gives them theirs as it starts them.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    settings = {name: os.environ.get(name, value) for name, value in RAY_TRAIN_SETTINGS.items()}
+    defaults = RAY_TRAIN_SETTINGS | RAY_DATA_SETTINGS
+    settings = {name: os.environ.get(name, value) for name, value in defaults.items()}
     options: dict[str, Any] = {"num_cpus": enough_cpus(config, cpus), "include_dashboard": config.dashboard}
     options["runtime_env"] = {"env_vars": settings}
     ray.init(address="local", **options, **ray_internals.NO_IDLE_WORKERS, **QUIET)
