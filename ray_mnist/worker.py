@@ -20,6 +20,7 @@ from ray_mnist.distributed.collectives import gather
 from ray_mnist.distributed.draws import SameDraws, compare_draws
 from ray_mnist.distributed.loaders import resumable_loaders
 from ray_mnist.distributed.metrics import EpochSoFar, MetricSync
+from ray_mnist.distributed.ray_data import refuse_unbatched
 from ray_mnist.distributed.serialization import fingerprints, public_state, sendable
 from ray_mnist.distributed.shares import interleave
 from ray_mnist.distributed.strategy import LoadsOncePerNode, SavesOwnPart, WeighsLosses, extend, shard_loaders
@@ -97,7 +98,11 @@ def run(job: Job, context: WorkerContext) -> Outcome | Evaluation:
     pl.seed_everything(job.seed, workers=True, verbose=False)
     task: Any = {"fit": fit, "validate": evaluate, "test": evaluate, "predict": predict}[job.task]
     with compiled(job.model, job.compile):
-        outcome: Outcome | Evaluation = task(job, context)
+        try:
+            outcome: Outcome | Evaluation = task(job, context)
+        except TypeError as error:
+            refuse_unbatched(error)
+            raise
     return outcome
 
 

@@ -64,7 +64,7 @@ def test_the_model_of_ones_own_trains_on_two_workers(
 ) -> None:
     """On made-up pictures: CIFAR-10 would have to be downloaded."""
     page = (ROOT / "docs" / "your-own-model.md").read_text()
-    program, script, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)  # the last is test_streams' part
+    program, script = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     for written, here in (
         ("CIFAR10(self.root, download=True)", "pass"),
         ("CIFAR10(self.root, train, transforms.Compose([*change, transforms.ToTensor()]))", PICTURES),

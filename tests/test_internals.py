@@ -43,6 +43,7 @@ INTERNALS = (
     "ray_controller_internals.py",
     "ray_train_internals.py",
     "ray_scaling_internals.py",
+    "ray_data_internals.py",
     "lightning_internals.py",
     "lightning_logger_internals.py",
 )
@@ -102,6 +103,25 @@ def test_ray_still_has_what_is_imported_of_it(file: str) -> None:
         except ImportError as error:
             moved.append(f"Ray moved {module}.{name}, which {file} imports ({error})")
     assert moved == []
+
+
+def test_ray_data_still_tells_where_rows_are() -> None:
+    from ray.data import DataContext, Dataset, ExecutionOptions
+    from ray.data._internal.execution.interfaces import RefBundle
+    from ray.data._internal.execution.interfaces.ref_bundle import BlockEntry, BlockSlice
+    from ray.data.block import BlockAccessor, BlockMetadata
+
+    assert inspect.signature(Dataset.iter_internal_ref_bundles).parameters.keys() == {"self"}
+    assert {"num_rows"} <= {field.name for field in dataclasses.fields(BlockMetadata)}
+    assert {"blocks", "slices"} <= {field.name for field in dataclasses.fields(RefBundle)}
+    assert [field.name for field in dataclasses.fields(BlockEntry)] == ["ref", "metadata"]
+    assert [field.name for field in dataclasses.fields(BlockSlice)] == ["start_offset", "end_offset"]
+    assert [*inspect.signature(BlockAccessor.slice).parameters][:3] == ["self", "start", "end"]
+    assert inspect.signature(BlockAccessor.to_numpy).parameters["columns"].default is None
+    names = {field.name for field in dataclasses.fields(DataContext)}
+    assert {"enable_progress_bars", "print_on_execution_start", "execution_no_progress_timeout_s"} <= names
+    assert ExecutionOptions().preserve_order is False
+    assert ExecutionOptions().resource_limits.copy(cpu=2).cpu == 2
 
 
 def test_ray_still_calls_what_is_overridden() -> None:

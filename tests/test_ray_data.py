@@ -1,5 +1,8 @@
 """A Ray Data set as a loader: the same batches at every world size, of which each rank fetches its own."""
 
+import os
+import re
+import signal
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -24,6 +27,7 @@ from ray_mnist.distributed.loaders import ShardedRayData, samples_seen
 from ray_mnist.distributed.ray_data import NAMESPACE, ShardsOfRank
 from ray_mnist.distributed.shares import shard_evaluation, shard_training
 from ray_mnist.distributed.streams import Rows, cut, neighbours
+from ray_mnist.run.folder import CHECKPOINT, RunFolder
 
 pytestmark = [
     pytest.mark.usefixtures("cluster"),
@@ -83,11 +87,12 @@ def joined(batches: Iterator[list[list[int]]]) -> list[list[int]]:
 @pytest.fixture(scope="module", params=[False, True], ids=["in order", "shuffled"])
 def ranks(request: pytest.FixtureRequest, digits: str) -> Iterator[list[Ranks]]:
     """One rank, two and three."""
+    before = coordinators()
     made = [Ranks(RayDataLoader(ray.data.read_parquet(digits), BATCH, request.param), size) for size in (1, 2, 3)]
     yield made
     for each in made:
         each.end()
-    wait_until(lambda: not coordinators(), 60, "the coordinators to end")
+    wait_until(lambda: coordinators() == before, 60, "the coordinators to end")
 
 
 def coordinators() -> list[Any]:
@@ -205,6 +210,16 @@ def test_refused(digits: str, tmp_path: Path) -> None:
     assert refusal(lambda: [*named]).startswith("Column name of the Ray Data set cannot be a tensor: leave it out, or ")
 
 
+@pytest.mark.parametrize("unbatched", [lambda dataset: dataset, lambda dataset: dataset.iterator()])
+def test_a_data_set_without_a_batch_size_is_refused(unbatched: Any, digits: str, tmp_path: Path) -> None:
+    loader = unbatched(ray.data.read_parquet(digits))
+    trainer = Trainer(max_epochs=1, storage_path=str(tmp_path / "runs"))
+    assert refusal(lambda: trainer.fit(Linear(), loader)) == (
+        "A data set of Ray Data has no batch size: give RayDataLoader(dataset, batch_size), of ray_mnist, in its place."
+    )
+    assert not [*tmp_path.rglob("*")]
+
+
 def test_no_cpu_left_for_ray_data_is_said_at_once(digits: str) -> None:
     held = ray.util.placement_group([{"CPU": 3.5}] * 2)
     assert held.wait(60)
@@ -268,47 +283,101 @@ class Linear(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-class Fails(pl.Callback):
-    """At the tenth step."""
+class DieOnce(pl.Callback):
+    """Ends the process of the last rank at the tenth step, the first time."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == 10:
-            raise InterruptedError
+        if trainer.global_step == 10 and trainer.global_rank == 1 and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fit(folder: str, runs: Path, num_workers: int, name: str = "run", **options: Any) -> Trainer:
     pl.seed_everything(1, verbose=False)
-    trainer = Trainer(max_epochs=2, num_workers=num_workers, storage_path=str(runs), name=name, **options)
+    options |= {"storage_path": str(runs), "name": name, "checkpoint_every_n_steps": 5}
+    trainer = Trainer(max_epochs=2, num_workers=num_workers, **options)
     trainer.fit(Linear(), Digits(folder))
     return trainer
 
 
-@pytest.fixture(scope="module")
-def alone(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    return fit(digits, tmp_path_factory.mktemp("alone"), 0)
+def weights(runs: Path, name: str = "run") -> Any:
+    newest = RunFolder(str(runs), name).checkpoints()[0]
+    return torch.load(runs / name / newest / CHECKPOINT, weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("num_workers", [2, 3])
-def test_the_losses_do_not_depend_on_the_number_of_workers(
-    num_workers: int,
-    alone: Trainer,
-    gloo: None,
-    digits: str,
-    tmp_path: Path,
-) -> None:
-    trainer = fit(digits, tmp_path, num_workers)
-    assert trainer.global_step == 2 * 7
+def check_same(trainer: Trainer, other: Trainer) -> None:
+    assert trainer.global_step == other.global_step == 2 * 7
     assert len(trainer.result.history) == 2
-    for mine, theirs in zip(trainer.result.history, alone.result.history, strict=True):
+    for mine, theirs in zip(trainer.result.history, other.result.history, strict=True):
         assert [mine[loss] for loss in ("train_loss", "val_loss")] == pytest.approx(
             [theirs[loss] for loss in ("train_loss", "val_loss")], rel=1e-5
         )
-    print(trainer.result.values, trainer.result.history)
+
+
+@pytest.fixture(scope="module")
+def alone(digits: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Path]:
+    """A run in this process, and its folder."""
+    folder = tmp_path_factory.mktemp("alone")
+    return fit(digits, folder, 0), folder
+
+
+def test_a_run_is_resumed_inside_an_epoch(alone: tuple[Trainer, Path], digits: str, tmp_path: Path) -> None:
+    with pytest.raises(InterruptedError):
+        fit(digits, tmp_path, 0, callbacks=[Fails()])
+    fit(digits, tmp_path, 0, resume=True)
+    torch.testing.assert_close(weights(tmp_path), weights(alone[1]), rtol=0, atol=0)
+
+
+class Fails(pl.Callback):
+    """At the twelfth step, two after the newest checkpoint, and five after the epoch began."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 12:
+            raise InterruptedError
+
+
+def test_what_the_docs_have_trains(digits: str, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "ray-data.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    for stage in ("train", "val"):
+        (tmp_path / stage).symlink_to(digits)
+    trainer = Trainer(max_epochs=1, storage_path=str(tmp_path / "runs"))
+    trainer.fit(Linear(), datamodule=names["Parquet"](str(tmp_path)))
+    assert (trainer.global_step, trainer.result.values["val_samples"]) == (2, SIZE)
+
+
+@pytest.mark.parametrize("num_workers", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_losses_do_not_depend_on_the_number_of_workers(
+    num_workers: int, alone: tuple[Trainer, Path], gloo: None, digits: str, tmp_path: Path
+) -> None:
+    before = coordinators()
+    check_same(fit(digits, tmp_path, num_workers), alone[0])
+    wait_until(lambda: coordinators() == before, 60, "the coordinators to end")
+
+
+@pytest.mark.slow
+def test_on_ray_a_worker_that_dies_inside_an_epoch_changes_nothing(
+    alone: tuple[Trainer, Path], digits: str, tmp_path: Path
+) -> None:
+    before = coordinators()
+    undisturbed = fit(digits, tmp_path, 2, "undisturbed")
+    check_same(undisturbed, alone[0])
+    assert undisturbed.result.values["train_samples"] == alone[0].result.values["train_samples"] == 400
+    died = DieOnce(tmp_path / "died")
+    check_same(fit(digits, tmp_path, 2, callbacks=[died], max_failures=1), alone[0])
+    assert died.marker.exists()
+    torch.testing.assert_close(weights(tmp_path), weights(tmp_path, "undisturbed"), rtol=0, atol=0)
+    trainer = Trainer(num_workers=2, storage_path=str(tmp_path))
+    tested = trainer.test(Linear(), Digits(digits), verbose=False)
+    assert tested == [{"rows": 100.0, "sum": float(sum(range(400, SIZE)))}]
     predicted = trainer.predict(Linear(), Digits(digits))
     assert predicted is not None
     assert [batch.tolist() for batch in predicted] == [
-        [*range(first, min(first + 30, 500))] for first in range(400, 500, 30)
+        [*range(first, min(first + 30, SIZE))] for first in range(400, SIZE, 30)
     ]
-    tested = trainer.test(Linear(), Digits(digits), verbose=False)
-    assert tested == [{"rows": 100.0, "sum": float(sum(range(400, 500)))}]
-    wait_until(lambda: not coordinators(), 60, "the coordinators to end")
+    wait_until(lambda: coordinators() == before, 60, "the coordinators to end")

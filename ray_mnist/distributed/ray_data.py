@@ -160,6 +160,15 @@ def answer(reference: Any) -> Any:
         raise RequestError(*getattr(error, "cause", error).args) from None
 
 
+def refuse_unbatched(error: TypeError) -> None:
+    """Raises RequestError where Lightning refuses a data set of Ray as a loader."""
+    if "`Dataset` objects" in (reason := str(error.__context__)) or "DataIterator" in reason:
+        raise RequestError(
+            "A data set of Ray Data has no batch size: give RayDataLoader(dataset, batch_size), of ray_mnist, in its "
+            "place."
+        ) from error
+
+
 def fetched(shards: Iterator[Shard]) -> Generator[tuple[Shard, dict[str, Any]]]:
     """Each shard with its columns, NumPy arrays; some are fetched ahead."""
 
