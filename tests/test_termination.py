@@ -92,15 +92,29 @@ def run_on(*signals: signal.Signals, stop: Any = lambda: None) -> None:
 
 def test_a_run_that_does_not_end_in_time_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(termination, "GRACE_S", 0.1)
+    monkeypatch.setattr(termination, "SAME_S", 0)
     asked = threading.Event()
     with pytest.raises(Stopped):
         run_on(signal.SIGTERM, stop=asked.set)
     assert asked.is_set()
 
 
-def test_a_second_sigterm_interrupts() -> None:
+def test_a_second_sigterm_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(termination, "SAME_S", 0)
     with pytest.raises(Stopped):
         run_on(signal.SIGTERM, signal.SIGTERM)
+
+
+def test_two_at_once_are_one() -> None:
+    asked: list[str] = []
+
+    def stop() -> None:
+        asked.append("to stop")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with on_sigterm(stop):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert asked == ["to stop"]
 
 
 def test_ctrl_c_stays_what_it_is() -> None:

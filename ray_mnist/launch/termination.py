@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from ray_mnist.errors import Stopped
 
 GRACE_S = 30  # to checkpoint in; whoever sends SIGTERM often sends SIGKILL after no more than that
+SAME_S = 1  # in which another SIGTERM is the same one: coreutils' `timeout` sends two at once
 
 
 @contextmanager
@@ -28,17 +30,22 @@ def on_sigterm(stop: Callable[[], None]) -> Iterator[None]:
     again = threading.Timer(GRACE_S, lambda: signal.pthread_kill(main, signal.SIGTERM))
     again.daemon = True
 
+    asked_at: float | None = None
+
     def answer(*_: Any) -> None:
-        if again.ident is not None:  # it has been started
+        nonlocal asked_at
+        if asked_at is None:
+            asked_at = time.monotonic()
+            again.start()
+            stop()
+        elif time.monotonic() - asked_at > SAME_S:
             raise KeyboardInterrupt
-        again.start()
-        stop()
 
     before = signal.signal(signal.SIGTERM, answer)
     try:
         yield
     except KeyboardInterrupt:
-        if again.ident is None:
+        if asked_at is None:
             raise
         raise Stopped from None
     finally:
