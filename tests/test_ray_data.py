@@ -30,6 +30,7 @@ from ray_mnist.distributed.streams import Rows, cut, neighbours
 from ray_mnist.run.folder import CHECKPOINT, RunFolder
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("cluster"),
     # What Lightning says of small machines, and Ray Data of its own options.
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -351,7 +352,7 @@ def test_what_the_docs_have_trains(digits: str, tmp_path: Path) -> None:
     assert (trainer.global_step, trainer.result.values["val_samples"]) == (2, SIZE)
 
 
-@pytest.mark.parametrize("num_workers", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_workers", [2, 3])
 def test_the_losses_do_not_depend_on_the_number_of_workers(
     num_workers: int, alone: tuple[Trainer, Path], gloo: None, digits: str, tmp_path: Path
 ) -> None:
@@ -360,7 +361,6 @@ def test_the_losses_do_not_depend_on_the_number_of_workers(
     wait_until(lambda: coordinators() == before, 60, "the coordinators to end")
 
 
-@pytest.mark.slow
 def test_on_ray_a_worker_that_dies_inside_an_epoch_changes_nothing(
     alone: tuple[Trainer, Path], digits: str, tmp_path: Path
 ) -> None:
