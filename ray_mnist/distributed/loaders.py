@@ -246,7 +246,7 @@ class ShardedRayData(ResumableLoader):
 
     def _begin(self) -> tuple[int, Iterator[tuple[int, float, Any]]]:
         shards = self.shards.begin(self.start)
-        return self.start, ((shard.samples, shard.weight, self.loader.collate(columns)) for shard, columns in shards)
+        return self.start, ((samples, weight, self.loader.collate(columns)) for samples, weight, columns in shards)
 
 
 def sliced_length(batch_slice: BatchSlice, batches: int) -> int:

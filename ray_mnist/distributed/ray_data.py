@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 NAMESPACE = "ray_mnist"
 SHARDS_AHEAD = 4  # that a rank has fetched before they are asked for
 END = object()
+Fetched = tuple[int, float, dict[str, Any]]  # samples and weight of a shard, and its columns as NumPy arrays
 
 
 class RayDataLoader:
@@ -66,7 +67,7 @@ class RayDataLoader:
 
     def __iter__(self) -> Iterator[Any]:
         with closing(fetched(Stream(self.source, [whole], self.draw()).shards[0])) as batches:
-            yield from (self.collate(columns) for _, columns in batches)
+            yield from (self.collate(columns) for _, _, columns in batches)
 
     def draw(self) -> int | None:
         """The seed of the next shuffle, from torch's generator, as its RandomSampler draws one; None for no shuffle."""
@@ -118,8 +119,8 @@ class ShardsOfRank:
             name = broadcast(made[1])
             self.coordinator = made[0] or ray.get_actor(name, NAMESPACE)
 
-    def begin(self, start: int) -> Generator[tuple[Shard, dict[str, Any]]]:
-        """Goes through the data once more, from shard `start` on; gives each shard with its columns."""
+    def begin(self, start: int) -> Generator[Fetched]:
+        """Goes through the data once more, from shard `start` on."""
         at = next(self.times), self.loader.draw(), start
         if self.coordinator is None:
             return fetched(Stream(self.loader.source, self.shard_batches, *at[1:]).shards[0])
@@ -169,10 +170,10 @@ def refuse_unbatched(error: TypeError) -> None:
         ) from error
 
 
-def fetched(shards: Iterator[Shard]) -> Generator[tuple[Shard, dict[str, Any]]]:
-    """Each shard with its columns, NumPy arrays; some are fetched ahead."""
+def fetched(shards: Iterator[Shard]) -> Generator[Fetched]:
+    """What is in each shard, without the references, which would keep the blocks; some are fetched ahead."""
 
-    def fetch() -> Generator[tuple[Shard, dict[str, Any]]]:
+    def fetch() -> Generator[Fetched]:
         import ray
 
         from ray_mnist import ray_data_internals
@@ -184,7 +185,8 @@ def fetched(shards: Iterator[Shard]) -> Generator[tuple[Shard, dict[str, Any]]]:
             new = [block for block in blocks if block not in held]
             held |= dict(zip(new, ray.get(new), strict=True))
             held = {block: held[block] for block in blocks}
-            yield shard, ray_data_internals.columns([(held[block], first, stop) for block, first, stop in pieces])
+            columns = ray_data_internals.columns([(held[block], first, stop) for block, first, stop in pieces])
+            yield shard.samples, shard.weight, columns
 
     return ahead(fetch(), SHARDS_AHEAD)
 

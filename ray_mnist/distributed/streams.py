@@ -3,9 +3,10 @@
 It imports no torch, which takes seconds.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice, tee
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from ray_mnist.checks.preflight import check_cpus_for_data
@@ -105,16 +106,38 @@ class Stream:
     """
 
     def __init__(self, source: Source, shard_batches: list[ShardBatches], seed: int | None, start: int = 0) -> None:
-        batches = tee(cut(source.pieces(seed), source.batch_size, source.drop_last), len(shard_batches))
+        self.batches = cut(source.pieces(seed), source.batch_size, source.drop_last)
+        self.failure: Exception | None = None
+        # Python's tee would hold on to dozens of batches that all have had.
+        self.waiting: dict[int, deque[Rows]] = {rank: deque() for rank in range(len(shard_batches))}
         self.shards: list[Iterator[Shard]] = [
-            islice(share(mine), start, None) for share, mine in zip(shard_batches, batches, strict=True)
+            islice(share(self._batches(rank)), start, None) for rank, share in enumerate(shard_batches)
         ]
-        self.ranks = {*range(len(shard_batches))}  # that take some still
 
-    def leave(self, rank: int) -> None:
-        """Keeps nothing for the rank any more."""
+    def _batches(self, rank: int) -> Iterator[Rows]:
+        mine = self.waiting[rank]
+        while mine or self._pull():
+            yield mine.popleft()
+
+    def _pull(self) -> bool:
+        """Takes the next batch for all ranks; whether there is one. What fails for one rank fails for all."""
+        if self.failure is not None:
+            raise self.failure
+        try:
+            batch = next(self.batches, None)
+        except Exception as failure:
+            self.failure = failure
+            raise
+        for mine in self.waiting.values():
+            if batch is not None:
+                mine.append(batch)
+        return batch is not None
+
+    def leave(self, rank: int) -> bool:
+        """Keeps nothing for the rank any more; whether there are others."""
         self.shards[rank] = iter(())
-        self.ranks.discard(rank)
+        self.waiting.pop(rank, None)
+        return bool(self.waiting)
 
 
 class Coordinator:
@@ -134,10 +157,8 @@ class Coordinator:
 
     def leave(self, rank: int, number: int) -> None:
         """The rank takes no more of that time through, which ends with the last of them."""
-        if stream := self.streams.get(number):
-            stream.leave(rank)
-            if not stream.ranks:
-                del self.streams[number]
+        if number in self.streams and not self.streams[number].leave(rank):
+            del self.streams[number]
 
     def end(self, rank: int) -> None:
         """The rank asks no more; the actor ends with the last of them."""
