@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -139,13 +140,24 @@ def test_each_epoch_is_shuffled_anew(ranks: list[Ranks]) -> None:
     assert epochs[1] == epochs[2]
 
 
-def test_another_seed_shuffles_otherwise_and_other_blocks_do_not(digits: str) -> None:
+def rows(blocks: int) -> Any:
+    return ray.data.range(SIZE, override_num_blocks=blocks).rename_columns({"id": "row"})
+
+
+def test_another_seed_shuffles_otherwise_and_other_blocks_do_not() -> None:
     """How many blocks Ray reads depends on the CPUs of the cluster."""
     found = []
     for blocks, seed in ((1, 0), (9, 0), (1, 1)):
-        dataset = ray.data.read_parquet(digits, override_num_blocks=blocks)
-        found.append(joined(Ranks(RayDataLoader(dataset, 16, shuffle=True), 1).batches(seed=seed)))
+        found.append(joined(Ranks(RayDataLoader(rows(blocks), 16, shuffle=True), 1).batches(seed=seed)))
     assert found[0] == found[1] != found[2]
+
+
+def test_rows_keep_their_order_where_the_first_of_them_take_longest() -> None:
+    def take(columns: Any) -> Any:
+        time.sleep(3 if columns["row"][0] == 0 else 0)
+        return columns
+
+    assert [*chain(*joined(Ranks(RayDataLoader(rows(4).map_batches(take), BATCH), 1).batches()))] == [*range(SIZE)]
 
 
 @pytest.mark.parametrize("batch_size", [2, BATCH])
