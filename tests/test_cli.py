@@ -21,6 +21,7 @@ from conftest import wait_until
 
 import ray_mnist
 from ray_mnist import SimpleModel, train
+from ray_mnist.checks.preflight import CPUS_FOR_DATA
 from ray_mnist.cli import console, early, parser
 from ray_mnist.config import RunConfig, SweepConfig, flag
 from ray_mnist.data import download
@@ -281,7 +282,7 @@ def test_gpus_that_the_cluster_does_not_have(command: Command, tmp_path: Path) -
         environment = os.environ | {"RAY_TMPDIR": ray_folder, "CUDA_VISIBLE_DEVICES": ""}
         arguments = ["--num-workers", "4", "--use-gpu", *DIGITS]
         done = command(*arguments, timeout=600, env=environment)
-        cpus = max(os.cpu_count() or 1, 4)
+        cpus = max(os.cpu_count() or 1, 4 + CPUS_FOR_DATA)
         numbers = ["4 CPUs and 4 GPUs", f"(1 node, {cpus} CPUs, 0 GPUs)", "room for 0 of the 4 workers"]
         assert_refused((done.returncode, done.stdout, done.stderr), *numbers, "drop --use-gpu", "--address")
         assert "the cluster at " in done.stderr

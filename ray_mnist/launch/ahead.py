@@ -54,11 +54,12 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
 
 
 def enough_cpus(config: RunConfig, cpus: int = 0) -> int:
-    """How many logical CPUs a local Ray needs for the run, or for `cpus` of trials.
+    """How many logical CPUs a local Ray needs for the run, or for `cpus` of trials, which take all that there are.
 
     More workers than cores run in turns: slower, and good enough to try a run out. Ray Data has some beside them.
     """
-    return max(os.cpu_count() or 1, max(config.max_workers * (config.cpus_per_worker or 1), cpus) + CPUS_FOR_DATA)
+    for_workers = config.max_workers * (config.cpus_per_worker or 1)
+    return max(os.cpu_count() or 1, cpus or for_workers + CPUS_FOR_DATA)
 
 
 def import_worker(package: str) -> None:
