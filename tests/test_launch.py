@@ -11,7 +11,7 @@ import torch
 from ray import cloudpickle
 
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
-from ray_mnist.checks.preflight import Cluster
+from ray_mnist.checks.preflight import CPUS_FOR_DATA, Cluster
 from ray_mnist.config import RunConfig
 from ray_mnist.launch import ahead
 from ray_mnist.launch import ray as on_ray
@@ -105,3 +105,14 @@ def test_workers_that_are_started_ahead_are_told_their_threads_as_ray_tells_othe
     ahead.start_ray(RunConfig(num_workers=1, **options))
     ahead._workers.clear()
     assert started == [{"env_vars": {"OMP_NUM_THREADS": threads}}]
+
+
+def test_a_local_ray_has_cpus_for_ray_data_beside_a_runs_workers_but_no_more_than_a_sweeps_trials_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    config = RunConfig(num_workers=2, cpus_per_worker=3)
+    assert ahead.enough_cpus(config) == 6 + CPUS_FOR_DATA
+    assert ahead.enough_cpus(config, cpus=14) == 14
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert ahead.enough_cpus(config) == ahead.enough_cpus(config, cpus=14) == 64
