@@ -22,7 +22,7 @@ from ray_mnist.distributed.loaders import resumable_loaders
 from ray_mnist.distributed.metrics import EpochSoFar, MetricSync
 from ray_mnist.distributed.ray_data import refuse_unbatched
 from ray_mnist.distributed.serialization import fingerprints, public_state, sendable
-from ray_mnist.distributed.shares import interleave
+from ray_mnist.distributed.shard_rules import interleave
 from ray_mnist.distributed.strategy import LoadsOncePerNode, SavesOwnPart, WeighsLosses, extend, shard_loaders
 from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.divergence import FiniteLoss

@@ -22,7 +22,7 @@ from ray_mnist import MNISTDataModule, RequestError
 from ray_mnist.data.mnist import Batch, ImageDataset
 from ray_mnist.data.sources import MNIST_FILES, load
 from ray_mnist.distributed.loaders import ShardedLoader
-from ray_mnist.distributed.shares import shard_evaluation, shard_training
+from ray_mnist.distributed.shard_rules import shard_evaluation, shard_training
 
 
 def refusal(call: Callable[[], object]) -> str:

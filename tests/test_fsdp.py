@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from ray_mnist import RequestError, Trainer, TrainingError
-from ray_mnist.distributed.shares import interleave, round_robin_in_step
+from ray_mnist.distributed.shard_rules import interleave, round_robin_in_step
 from ray_mnist.export import export
 from ray_mnist.run.folder import CHECKPOINT, CHECKSUM, Part, RunFolder, checkpoint_name
 from ray_mnist.run.records import read_metrics

@@ -46,7 +46,7 @@ from ray_mnist.distributed.loaders import (
     shard_loader,
     training_position,
 )
-from ray_mnist.distributed.shares import interleave, shard_evaluation, shard_training
+from ray_mnist.distributed.shard_rules import interleave, shard_evaluation, shard_training
 from ray_mnist.distributed.strategy import shard_loaders
 from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.errors import RequestError, TrainingError

@@ -27,6 +27,7 @@ from torch.utils.data import (
 from ray_mnist import RequestError
 from ray_mnist.distributed.orders import ORDERS, EpochOrder, draws_at_once
 from ray_mnist.distributed.samples import SeededDataset, fetches_batches
+from ray_mnist.distributed.shard_rules import Shard, interleave, round_robin, shard_evaluation, shard_training
 from ray_mnist.distributed.sharding import (
     CollateShard,
     SeededIndices,
@@ -34,7 +35,6 @@ from ray_mnist.distributed.sharding import (
     ShardedStream,
     seed_generators,
 )
-from ray_mnist.distributed.shares import Shard, interleave, round_robin, shard_evaluation, shard_training
 
 SIZE, BATCH = 53, 10  # the last batch has 3
 WORLD_SIZES = range(1, 9)

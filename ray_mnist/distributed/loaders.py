@@ -15,7 +15,16 @@ from pytorch_lightning.utilities.data import extract_batch_size
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, default_convert
 
 from ray_mnist.distributed.ray_data import RayDataLoader, ShardsOfRank
+from ray_mnist.distributed.ray_data_streams import neighbours
 from ray_mnist.distributed.samples import SeededDataset, collates_rows
+from ray_mnist.distributed.shard_rules import (
+    ALL,
+    ShardBatches,
+    round_robin,
+    round_robin_in_step,
+    shard_evaluation,
+    shard_training,
+)
 from ray_mnist.distributed.sharding import (
     SHARES_ITSELF_OUT,
     CollateShard,
@@ -25,15 +34,6 @@ from ray_mnist.distributed.sharding import (
     WorkerInit,
     seed_generators,
 )
-from ray_mnist.distributed.shares import (
-    ALL,
-    ShardBatches,
-    round_robin,
-    round_robin_in_step,
-    shard_evaluation,
-    shard_training,
-)
-from ray_mnist.distributed.streams import neighbours
 from ray_mnist.errors import RequestError
 from ray_mnist.lightning_internals import is_sharded, record_like
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ray_mnist.distributed.shares import Shard, ShardBatches
-from ray_mnist.distributed.streams import At, Coordinator, Source, Stream, whole
+from ray_mnist.distributed.ray_data_streams import At, Coordinator, Source, Stream, whole
+from ray_mnist.distributed.shard_rules import Shard, ShardBatches
 from ray_mnist.errors import RequestError
 
 if TYPE_CHECKING:

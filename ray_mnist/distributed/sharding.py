@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ray_mnist.distributed.inspection import digest, watching_for_the_rank
 from ray_mnist.distributed.orders import draw_order, draws_at_once
-from ray_mnist.distributed.shares import ALL, Shard, ShardBatches, round_robin
+from ray_mnist.distributed.shard_rules import ALL, Shard, ShardBatches, round_robin
 
 SHARES_ITSELF_OUT = -1  # in place of a digest
 EpochPass = tuple[int, int]  # the epoch, and how often the loader has been gone through in it before

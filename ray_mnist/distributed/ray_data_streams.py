@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from ray_mnist.checks.preflight import check_cpus_for_data
-from ray_mnist.distributed.shares import Shard, ShardBatches
+from ray_mnist.distributed.shard_rules import Shard, ShardBatches
 
 if TYPE_CHECKING:
     from ray.data import Dataset
