@@ -17,8 +17,8 @@ SAME_S = 1  # in which another SIGTERM is the same one: coreutils' `timeout` sen
 def on_sigterm(stop: Callable[[], None]) -> Iterator[None]:
     """For the time of the `with`, SIGTERM calls `stop`, upon which the run is to checkpoint and raise Stopped.
 
-    A run that has not ended after `GRACE_S` seconds, or at the next SIGTERM, is ended as by Ctrl-C. Signals reach the
-    main thread alone: in another one, nothing is changed.
+    A run that has not ended after `GRACE_S` seconds, or at a SIGTERM more than `SAME_S` after the first, is ended as by
+    Ctrl-C. Signals reach the main thread alone: in another one, nothing is changed.
 
     Raises:
         Stopped: SIGTERM came, and the run ended before its work was done.
@@ -29,7 +29,6 @@ def on_sigterm(stop: Callable[[], None]) -> Iterator[None]:
     main = threading.get_ident()
     again = threading.Timer(GRACE_S, lambda: signal.pthread_kill(main, signal.SIGTERM))
     again.daemon = True
-
     asked_at: float | None = None
 
     def answer(*_: Any) -> None:
