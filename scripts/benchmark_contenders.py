@@ -148,6 +148,7 @@ def ray_pattern(options: dict[str, Any]) -> None:
         loaders = [DataLoader(part, batch_size, shuffle=part is parts[0]) for part in parts]
         integration.prepare_trainer(trainer).fit(SimpleModel(), *loaders)
 
+    ray.init(address="local")  # else it waits 12 minutes for a cluster of this machine that has died
     TorchTrainer(
         train,
         scaling_config=ray.train.ScalingConfig(num_workers=WORKERS),

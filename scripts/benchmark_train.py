@@ -24,6 +24,7 @@ NAMES = {
 }
 PEERS = {"bare_ddp": "ours", "ray_pattern": "ours", "lightning_alone": "ours_alone"}
 Run = dict[str, float]
+LIMIT_S = 3600  # for one contender; five epochs of MNIST take a minute
 
 
 def options_of(arguments: Sequence[str]) -> argparse.Namespace:
@@ -61,6 +62,7 @@ def measure(name: str, batch_size: int, options: argparse.Namespace, workers: in
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
+            timeout=LIMIT_S,
         )
         total = time.monotonic() - clock
         if done.returncode:
