@@ -83,6 +83,20 @@ def lightning_alone(options: dict[str, Any]) -> None:
     trainer.fit(SimpleModel(), in_memory(options, options["batch_size"]))
 
 
+def lightning_ddp(options: dict[str, Any]) -> None:
+    """Lightning's Trainer with its own DDPStrategy and the same loaders; torchrun starts it in each worker."""
+    strategy = pl.strategies.DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True)
+    trainer = pl.Trainer(
+        max_epochs=options["epochs"],
+        default_root_dir=options["folder"],
+        strategy=strategy,
+        devices=WORKERS,
+        callbacks=[Clock(options)],
+        **QUIET,
+    )
+    trainer.fit(SimpleModel(), in_memory(options, options["batch_size"] // WORKERS))
+
+
 def bare_ddp(options: dict[str, Any]) -> None:
     """DistributedDataParallel and a loop, on the samples in memory; torchrun starts it in each worker."""
     torch.distributed.init_process_group("gloo")
@@ -156,7 +170,7 @@ def ray_pattern(options: dict[str, Any]) -> None:
     ).fit()
 
 
-CONTENDERS = {each.__name__: each for each in (ours, bare_ddp, ray_pattern, ours_alone, lightning_alone)}
+CONTENDERS = {each.__name__: each for each in (ours, bare_ddp, lightning_ddp, ray_pattern, ours_alone, lightning_alone)}
 
 if __name__ == "__main__":
     CONTENDERS[sys.argv[1]](json.loads(sys.argv[2]))

@@ -18,11 +18,12 @@ HERE = Path(__file__).parent
 NAMES = {
     "ours": "ray_mnist, 2 workers",
     "bare_ddp": "bare DistributedDataParallel, 2 workers",
+    "lightning_ddp": "Lightning's own DDPStrategy, 2 workers",
     "ray_pattern": "Ray Train with Lightning as documented, 2 workers",
     "ours_alone": "ray_mnist, one process",
     "lightning_alone": "Lightning's Trainer, one process",
 }
-PEERS = {"bare_ddp": "ours", "ray_pattern": "ours", "lightning_alone": "ours_alone"}
+PEERS = {"bare_ddp": "ours", "lightning_ddp": "ours", "ray_pattern": "ours", "lightning_alone": "ours_alone"}
 Run = dict[str, float]
 LIMIT_S = 3600  # for one contender; five epochs of MNIST take a minute
 
@@ -54,7 +55,9 @@ def measure(name: str, batch_size: int, options: argparse.Namespace, workers: in
             "folder": folder,
             "file": f"{folder}/clock.json",
         }
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if name == "bare_ddp" else []
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if name.endswith("_ddp") else []
+        )
         started, clock = time.time(), time.monotonic()
         done = subprocess.run(
             [sys.executable, *launcher, str(HERE / "benchmark_contenders.py"), name, json.dumps(job)],
