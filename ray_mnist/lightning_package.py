@@ -67,11 +67,29 @@ def import_heavy(*modules: str) -> None:
     was_enabled = gc.isenabled()
     gc.disable()
     try:
+        import_torchmetrics()
         for module in modules:
             import_module(module)
     finally:
         if was_enabled:
             gc.enable()
+
+
+def import_torchmetrics() -> None:
+    """Imports it, as Lightning does, but not scipy.signal, another fifth: it puts a `hamming` in if there is none.
+
+    Source: https://github.com/Lightning-AI/torchmetrics/issues/3457.
+    """
+    name = "scipy.signal"
+    if name in sys.modules:
+        return
+    stand_in = ModuleType(name)
+    stand_in.hamming = None  # type: ignore[attr-defined]
+    sys.modules[name] = stand_in
+    try:
+        import_module("torchmetrics")
+    finally:
+        del sys.modules[name]
 
 
 def call_with(package: str, function: str, *arguments: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+import torchmetrics
 import yaml
 from test_programs import same
 
@@ -286,6 +287,23 @@ def test_garbage_is_looked_for_after_the_imports_and_not_meanwhile(
     with pytest.raises(ZeroDivisionError):
         lightning_package.import_heavy("broken")
     assert gc.isenabled()
+
+
+def test_torchmetrics_is_imported_without_what_it_does_not_use() -> None:
+    code = """
+import sys
+from ray_mnist.lightning_package import import_heavy
+import_heavy("pytorch_lightning")
+assert "torchmetrics" in sys.modules
+assert not {"scipy.signal", "scipy.stats"} & sys.modules.keys()
+import scipy.signal
+assert len(scipy.signal.windows.hamming(3)) == 3
+import_heavy("torchmetrics")
+assert sys.modules["scipy.signal"] is scipy.signal
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    # Once it does this no more, nothing has to keep it from it.
+    assert 'if package_available("scipy"):\n    import scipy.signal\n' in Path(torchmetrics.__file__).read_text()
 
 
 def test_another_version_of_lightning_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
