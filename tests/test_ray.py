@@ -222,7 +222,8 @@ def test_deaths_in_starting_and_of_the_controller_are_failures_like_any_other(cl
         kill_when(StartedController.__name__, lambda: len(folder.checkpoints()) > 0)
         (tmp_path / "killed").touch()
 
-    KEEPER.give_back()  # the workers of the test before
+    KEEPER.give_back()
+    wait_until(lambda: not process_of("RayTrainWorker"), 60, "the workers of the test before to be gone")
     killer = threading.Thread(target=kill_three, daemon=True)
     killer.start()
     held = Held(tmp_path / "killed")
