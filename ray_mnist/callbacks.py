@@ -18,7 +18,7 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from ray_mnist.distributed.agreement import RankZero
 from ray_mnist.distributed.collectives import common_to_all, total
-from ray_mnist.distributed.loaders import samples_seen
+from ray_mnist.distributed.loaders import epoch_samples, samples_seen
 from ray_mnist.distributed.sharding import seed_cpu
 from ray_mnist.errors import Stopped
 from ray_mnist.lightning_internals import saves_shards
@@ -59,13 +59,14 @@ class Recorder(Checkpoint):
             "history": self.history,
             "best": self.best,
             "best_score": self.best_score,
+            "train_samples": self.train_samples,
             "val_samples": self.val_samples,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what came out of a checkpoint."""
         self.history, self.best, self.best_score = list(state["history"]), state["best"], state["best_score"]
-        self.val_samples = state["val_samples"]
+        self.train_samples, self.val_samples = state["train_samples"], state["val_samples"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Leaves hyperparameters that are objects out of the run's own checkpoints, not out of the user's."""
@@ -124,7 +125,8 @@ class Recorder(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds the epoch's row and checkpoints."""
         seconds = time.monotonic() - self._epoch_started
-        self.train_samples = int(total(trainer, samples_seen(trainer.train_dataloader) - self._trained_before))
+        trained = total(trainer, samples_seen(trainer.train_dataloader) - self._trained_before)
+        self.train_samples = int(total(trainer, epoch_samples(trainer.train_dataloader)))
         row: Row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
         row |= {
             name: value.item()
@@ -132,7 +134,7 @@ class Recorder(Checkpoint):
             # Lightning keeps the metrics of an earlier epoch's validation.
             if value.numel() == 1 and (self._validated or not name.startswith("val"))
         }
-        row |= {"samples_per_second": self.train_samples / (seconds - self._validation_seconds), "seconds": seconds}
+        row |= {"samples_per_second": trained / (seconds - self._validation_seconds), "seconds": seconds}
         self.history.append(row)
         score = self.sign * row.get(self.monitor, self.sign * float("inf"))
         score = score if math.isfinite(score) else float("inf")

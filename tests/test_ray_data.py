@@ -25,7 +25,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ray_mnist import RayDataLoader, RequestError, Trainer
-from ray_mnist.distributed.loaders import ShardedRayData, samples_seen
+from ray_mnist.distributed.loaders import ShardedRayData, epoch_samples, samples_seen
 from ray_mnist.distributed.ray_data import NAMESPACE, ShardsOfRank
 from ray_mnist.distributed.ray_data_streams import Rows, Source, Stream, cut, neighbours
 from ray_mnist.distributed.shard_rules import ShardBatches, shard_evaluation, shard_training
@@ -122,6 +122,7 @@ def test_a_resumed_epoch_goes_on_at_the_very_next_batch(ranks: list[Ranks]) -> N
     whole = [*ranks[1].batches(3)]
     assert [*ranks[1].batches(3, 5)] == whole[5:]
     assert joined(ranks[2].batches(3, 5)) == joined(iter(whole))[5:]
+    assert epoch_samples(ranks[1].loaders) == epoch_samples(ranks[2].loaders) == SIZE
 
 
 def test_an_epoch_that_is_broken_off_leaves_nothing_behind(ranks: list[Ranks]) -> None:
@@ -377,7 +378,8 @@ def alone(digits: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Traine
 def test_a_run_is_resumed_inside_an_epoch(alone: tuple[Trainer, Path], digits: str, tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
         fit(digits, tmp_path, 0, callbacks=[Fails()])
-    fit(digits, tmp_path, 0, resume=True)
+    trainer = fit(digits, tmp_path, 0, resume=True)
+    assert trainer.result.values["train_samples"] == 400
     torch.testing.assert_close(weights(tmp_path), weights(alone[1]), rtol=0, atol=0)
 
 

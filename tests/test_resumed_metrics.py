@@ -1,5 +1,6 @@
 """The metrics of an epoch that is resumed are those of one that nothing happened to."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ray_mnist import Trainer
 from ray_mnist.errors import TrainingError
@@ -50,13 +51,27 @@ class Stop(pl.Callback):
             raise ValueError("stopped")
 
 
-def fit(folder: Path, num_workers: int, **options: Any) -> list[Row]:
+VALUES = torch.linspace(-1, 1, SAMPLES)[:, None]
+
+
+class Stream(IterableDataset[tuple[Tensor]]):
+    """How many samples there are turns out at its end."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor]]:
+        return iter(TensorDataset(VALUES))
+
+
+def run(folder: Path, num_workers: int, data: Any, **options: Any) -> Trainer:
     torch.manual_seed(1)
     options = {"max_epochs": 2, "checkpoint_every_n_steps": 5, "logger": False, "name": "run"} | options
     trainer = Trainer(num_workers=num_workers, storage_path=str(folder), **options)
-    values = torch.linspace(-1, 1, SAMPLES)[:, None]
-    trainer.fit(Logs(), DataLoader(TensorDataset(values), batch_size=BATCH, shuffle=True))
-    return trainer.result.history
+    trainer.fit(Logs(), data)
+    return trainer
+
+
+def fit(folder: Path, num_workers: int, **options: Any) -> list[Row]:
+    loader = DataLoader(TensorDataset(VALUES), batch_size=BATCH, shuffle=True)
+    return run(folder, num_workers, loader, **options).result.history
 
 
 def stopped(folder: Path, num_workers: int, at: int) -> None:
@@ -81,3 +96,16 @@ def test_they_are_equal_but_for_rounding_on_another_number(before: int, after: i
     rows = fit(tmp_path, after, resume=True)
     for name in LOGGED:
         assert [row.get(name) for row in rows] == pytest.approx([row.get(name) for row in whole], rel=1e-6), name
+
+
+@pytest.mark.parametrize("at", [9, 11, 18], ids=lambda at: f"stopped at {at}")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_samples_of_a_streams_epoch_are_counted_whole(
+    num_workers: int, at: int, gloo: None, tmp_path: Path
+) -> None:
+    stream = DataLoader(Stream(), batch_size=BATCH)
+    epochs = {"max_epochs": 1 + (at > 11)}  # the one that is resumed is the last
+    with pytest.raises((TrainingError, ValueError), match="stopped"):
+        run(tmp_path, num_workers, stream, callbacks=[Stop(at)], **epochs)
+    trainer = run(tmp_path, num_workers, stream, resume=True, **epochs)
+    assert trainer.result.values["train_samples"] == SAMPLES

@@ -74,6 +74,7 @@ class ResumableLoader:
         self.start = 0  # the batch that the next time through begins with
         self.ended = False
         self.samples = 0  # handed out so far; of an evaluation, those of this one
+        self.epoch_samples = 0  # of this epoch, with those before the place where the run was resumed
         self.waited = 0.0  # seconds for the user's loader
         self.repeated = 0  # batches of a prediction that do not count
         self.batch = 0  # the next one's number in the epoch
@@ -104,6 +105,7 @@ class ResumableLoader:
             self.samples = self.repeated = 0
         if not (self.training and self.ended and epoch == self.epoch_pass[0]):
             self.epoch_pass, self.start, self.batch = (epoch, 0), batch, batch
+            self.epoch_samples = 0
         self.ended = False
         seed_generators(self.draws, *self.epoch_pass)
         first, batches = self._begin()
@@ -115,9 +117,10 @@ class ResumableLoader:
             self.waited += time.perf_counter() - began
             if found is None:
                 break
+            samples, weight, batch = found
+            self.epoch_samples += samples
             if number < self.start:
                 continue
-            samples, weight, batch = found
             self.samples += samples
             self.repeated += not weight
             if self.weighing:
@@ -246,6 +249,7 @@ class ShardedRayData(ResumableLoader):
 
     def _begin(self) -> tuple[int, Iterator[tuple[int, float, Any]]]:
         shards = self.shards.begin(self.start)
+        self.epoch_samples += self.shards.samples_before(self.start)
         return self.start, ((samples, weight, self.loader.collate(columns)) for samples, weight, columns in shards)
 
 
@@ -383,6 +387,14 @@ def resumable_loaders(loaders: Any) -> list[ResumableLoader]:
 def samples_seen(loaders: Any) -> int:
     """How many samples this rank has had of them: in the training so far, or in this evaluation."""
     return sum(loader.samples for loader in resumable_loaders(loaders))
+
+
+def epoch_samples(loaders: Any) -> int:
+    """How many samples of them this rank has had in the epoch, with those before the place where the run was resumed.
+
+    Of a data set that is no stream, these are not counted.
+    """
+    return sum(loader.epoch_samples for loader in resumable_loaders(loaders))
 
 
 def seconds_waited(loaders: Any) -> float:

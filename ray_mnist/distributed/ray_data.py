@@ -133,6 +133,11 @@ class ShardsOfRank:
         finally:
             self.coordinator.leave.remote(self.rank, at[0])
 
+    def samples_before(self, start: int) -> int:
+        """How many there are in the shards before that one: only the last batch may be smaller than others."""
+        batches = iter([range(self.loader.batch_size)] * start)
+        return sum(shard.samples for shard in self.shard_batches[self.rank](batches))
+
     def end(self) -> None:
         """Takes no more."""
         if self.coordinator is not None:
