@@ -105,6 +105,8 @@ def test_the_samples_of_a_streams_epoch_are_counted_whole(
 ) -> None:
     stream = DataLoader(Stream(), batch_size=BATCH)
     epochs = {"max_epochs": 1 + (at > 11)}  # the one that is resumed is the last
+    whole = run(tmp_path, num_workers, stream, name="whole", **epochs)
+    assert whole.result.values["train_samples"] == SAMPLES
     with pytest.raises((TrainingError, ValueError), match="stopped"):
         run(tmp_path, num_workers, stream, callbacks=[Stop(at)], **epochs)
     trainer = run(tmp_path, num_workers, stream, resume=True, **epochs)
