@@ -157,7 +157,7 @@ def worker_name(rank: int | str) -> str:
     return f"ray_mnist-worker-{rank}"
 
 
-def start_workers(num_workers: int, prepare: Callable[[], None], threads: int | str) -> list[Any]:
+def start_workers(num_workers: int, prepare: Callable[[], None], threads: str) -> list[Any]:
     """Starts the workers of the next run in this local Ray, and has each call `prepare`; it does not wait for them.
 
     `StartedWorkerGroup` takes them. What they need of the machine, the run's placement group reserves. They end with
@@ -166,12 +166,12 @@ def start_workers(num_workers: int, prepare: Callable[[], None], threads: int | 
     return [start_worker(prepare, threads, name=worker_name(rank))[0] for rank in range(num_workers)]
 
 
-def start_worker(prepare: Callable[[], None], threads: int | str, **options: Any) -> tuple[Any, Any]:
+def start_worker(prepare: Callable[[], None], threads: str, **options: Any) -> tuple[Any, Any]:
     """Starts a worker with Ray's options for actors; returns it, and the reference to `prepare` being done in it.
 
     Its OMP_NUM_THREADS, which NumPy reads as it is imported, Ray would set to 1 for want of CPUs.
     """
-    environment = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+    environment = {"env_vars": {"OMP_NUM_THREADS": threads}}
     worker: Any = ray.remote(num_cpus=0, runtime_env=environment)(RayTrainWorker).options(**options).remote()
     return worker, worker.execute.remote(prepare)
 

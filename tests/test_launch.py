@@ -1,5 +1,6 @@
 """What a launch on Ray asks of the cluster, and gives its workers: seen without one."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,30 @@ def job(tmp_path: Path) -> Job:
     return Job("fit", SimpleModel(), {}, str(tmp_path), "run", seed=0)
 
 
+@pytest.fixture
+def trained(job: Job, monkeypatch: pytest.MonkeyPatch) -> Callable[[RunConfig], Any]:
+    """What stands in for a TorchTrainer in a launch of the job, with the arguments that it was `given`."""
+    made: list[Any] = []
+
+    class FakeTrainer:
+        def __init__(self, function: Any, **arguments: Any) -> None:
+            self.given = arguments
+            made.append(self)
+
+        def fit(self) -> Any:
+            return SimpleNamespace(return_value=cloudpickle.dumps(None))
+
+        def abort(self) -> None:
+            """Never called: nobody interrupts."""
+
+    def launch(config: RunConfig) -> Any:
+        on_ray.launch(job, config, print, FakeTrainer)  # type: ignore[arg-type]
+        return made.pop()
+
+    monkeypatch.setattr(on_ray, "over_ray", lambda *_: nullcontext(Sender(MagicMock())))
+    return launch
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -37,23 +62,10 @@ def job(tmp_path: Path) -> Job:
     ],
 )
 def test_a_worker_reserves_its_cpus(
-    options: dict[str, Any], expected: dict[str, float], job: Job, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], expected: dict[str, float], trained: Callable[[RunConfig], Any]
 ) -> None:
-    given: dict[str, Any] = {}
-
-    class FakeTrainer:
-        def __init__(self, function: Any, **arguments: Any) -> None:
-            given.update(arguments)
-
-        def fit(self) -> Any:
-            return SimpleNamespace(return_value=cloudpickle.dumps(None))
-
-        def abort(self) -> None:
-            """Never called: nobody interrupts."""
-
-    monkeypatch.setattr(on_ray, "over_ray", lambda *_: nullcontext(Sender(MagicMock())))
     config = on_ray.with_cpus(RunConfig(num_workers=2, **options), Cluster("h:1", NODES))
-    on_ray.launch(job, config, print, FakeTrainer)  # type: ignore[arg-type]
+    given = trained(config).given
     assert given["scaling_config"].resources_per_worker == expected
     assert given["train_loop_config"]["threads"] == expected["CPU"]
     assert len(str(given["train_loop_config"]["job"])) < 100  # what Ray's dashboard has of it
@@ -88,8 +100,12 @@ def test_cpus_that_cannot_be(value: Any) -> None:
 @pytest.mark.parametrize(
     ("wish", "options", "threads"), [(None, {}, "1"), (None, {"cpus_per_worker": 3}, "3"), ("7", {}, "7")]
 )
-def test_workers_that_are_started_ahead_are_told_their_threads_as_ray_tells_others(
-    wish: str | None, options: dict[str, int], threads: str, monkeypatch: pytest.MonkeyPatch
+def test_workers_that_are_started_ahead_and_spares_are_told_their_threads_as_ray_tells_others(
+    wish: str | None,
+    options: dict[str, int],
+    threads: str,
+    trained: Callable[[RunConfig], Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started: list[Any] = []
 
@@ -102,9 +118,11 @@ def test_workers_that_are_started_ahead_are_told_their_threads_as_ray_tells_othe
     monkeypatch.delenv("OMP_NUM_THREADS")
     if wish:
         monkeypatch.setenv("OMP_NUM_THREADS", wish)
-    ahead.start_ray(RunConfig(num_workers=1, **options))
+    config = RunConfig(num_workers=1, max_failures=1, **options)
+    ahead.start_ray(config)
     ahead._workers.clear()
     assert started == [{"env_vars": {"OMP_NUM_THREADS": threads}}]
+    assert trained(config).spares.threads == threads
 
 
 def test_a_local_ray_has_cpus_for_ray_data_beside_a_runs_workers_but_no_more_than_a_sweeps_trials_take(

@@ -33,7 +33,7 @@ def clock() -> Any:
 
 @pytest.fixture
 def spares(clock: Any, tmp_path: Path) -> Iterator[Spares]:
-    spares = Spares(partial(prepare, tmp_path), 3, 30, lambda: clock.now)
+    spares = Spares(partial(prepare, tmp_path), "3", 30, lambda: clock.now)
     yield spares
     spares.end()
 

@@ -48,9 +48,8 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
     options["runtime_env"] = {"env_vars": settings}
     ray.init(address="local", **options, **ray_internals.NO_IDLE_WORKERS, **QUIET)
     if not cpus and not config.use_gpu:
-        threads = os.environ.get("OMP_NUM_THREADS", config.cpus_per_worker or 1)
         prepare = partial(import_worker, package_in_use())
-        _workers[:] = ray_internals.start_workers(config.max_workers, prepare, threads)
+        _workers[:] = ray_internals.start_workers(config.max_workers, prepare, numpy_threads(config))
 
 
 def enough_cpus(config: RunConfig, cpus: int = 0) -> int:
@@ -60,6 +59,14 @@ def enough_cpus(config: RunConfig, cpus: int = 0) -> int:
     """
     for_workers = config.max_workers * (config.cpus_per_worker or 1)
     return max(os.cpu_count() or 1, cpus or for_workers + CPUS_FOR_DATA)
+
+
+def numpy_threads(config: RunConfig) -> str:
+    """On how many threads NumPy computes in a worker that is started before it is needed.
+
+    As Ray tells those that it starts itself: the environment's wish, or as many as the worker has CPUs.
+    """
+    return os.environ.get("OMP_NUM_THREADS", str(config.cpus_per_worker or 1))
 
 
 def import_worker(package: str) -> None:

@@ -25,7 +25,7 @@ from ray_mnist.config import RunConfig
 from ray_mnist.distributed.strategy import FollowsFreezing, StaysOnDevice, WhollySharded, extend
 from ray_mnist.errors import RequestError, Stopped, TrainingError
 from ray_mnist.launch import pause
-from ray_mnist.launch.ahead import RAY_TRAIN_SETTINGS, import_worker_when_idle
+from ray_mnist.launch.ahead import RAY_TRAIN_SETTINGS, import_worker_when_idle, numpy_threads
 from ray_mnist.launch.channel import over_ray
 from ray_mnist.launch.connection import environment, go_to, this_folder
 from ray_mnist.launch.exchange import LOOK_S, PLACE_S, Exchange
@@ -210,7 +210,7 @@ def launch(
             trainer = make_trainer(job, config, settings, tries_left, trainer_class)
             if tries_left and not config.use_gpu:  # Ray gives workers their GPU as it starts them
                 prepare = partial(import_worker_when_idle, package_in_use())
-                trainer.spares = Spares(prepare, config.cpus_per_worker or 1, AFTER_S)
+                trainer.spares = Spares(prepare, numpy_threads(config), AFTER_S)
             trainer.controller, trainer.clean = KEEPER.take_controller(), by_name(left_clean) if keep else None
             try:
                 outcome: Outcome | Evaluation = cloudpickle.loads(in_thread(trainer.fit, trainer.abort).return_value)

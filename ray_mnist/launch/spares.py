@@ -35,13 +35,13 @@ class Spares:
 
     Args:
         prepare: what each calls first.
-        threads: on how many each computes.
+        threads: on how many NumPy computes in each.
         after_s: starts them so many seconds after those that train.
         clock: in seconds.
     """
 
     def __init__(
-        self, prepare: Callable[[], None], threads: int, after_s: float, clock: Callable[[], float] = time.monotonic
+        self, prepare: Callable[[], None], threads: str, after_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.prepare, self.threads, self.after_s, self.clock = prepare, threads, after_s, clock
         self.waiting: list[Spare] = []
