@@ -53,6 +53,11 @@ def received_tracker(kind: Any, state: dict[str, Any], environment: dict[str, st
     return logger
 
 
+def run_of(logger: MLFlowLogger | WandbLogger) -> str | None:
+    """The id of the run that the logger was given or has begun."""
+    return logger._run_id if isinstance(logger, MLFlowLogger) else logger.version
+
+
 def continue_mlflow(logger: MLFlowLogger, run_id: str | None) -> str:
     """Has the logger write to its own run, or else to the one of this id, or else to a new one; returns its id."""
     logger._run_id = logger._run_id or run_id

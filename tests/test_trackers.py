@@ -22,7 +22,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import MLFlowLogger, WandbLogger
 from wandb.proto.wandb_internal_pb2 import Record
 
-from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
+from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer, tune
 from ray_mnist.cli import parser
 from ray_mnist.cli.lightning_arguments import for_lightning
 from ray_mnist.config import RunConfig
@@ -321,6 +321,27 @@ def test_each_trial_of_a_sweep_has_a_run_of_its_own(store: str, tmp_path: Path) 
     trial.stop()
     assert sorted(run.data.params["lr"] for run in mlflow_runs(store)) == ["0.001", "0.002"]
     assert len(WandbRun(tmp_path).ids) == 2
+
+
+def test_a_sweep_is_refused_one_run_for_all_its_trials(store: str) -> None:
+    """Which it was given, or a script has begun."""
+    begun = MLFlowLogger("digits", tracking_uri=store)
+    run = wandb.init(project="theirs")
+    given = [
+        WandbLogger(experiment=run),
+        WandbLogger(id="mine"),
+        MLFlowLogger(tracking_uri=store, run_id="theirs"),
+        begun,
+    ]
+    for logger, name in zip(given, (run.id, "mine", "theirs", begun.run_id), strict=True):
+        with pytest.raises(RequestError) as refused:
+            tune(SimpleModel, MNISTDataModule, {"model.lr": [0.1]}, data={"dataset": "digits"}, logger=logger)
+        assert str(refused.value) == (
+            f"{type(logger).__name__} has the run {name}, and trials do not share one: leave it out, and each trial "
+            "has a run of its own."
+        )
+    run.finish()
+    assert not Path("runs").exists()
 
 
 def build(parameters: dict[str, Any]) -> tuple[SimpleModel, MNISTDataModule]:

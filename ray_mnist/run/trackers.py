@@ -22,12 +22,13 @@ from ray_mnist.run.shards import whole_file
 REMEMBERED = "trackers.json"  # in the run folder: of each logger its class, and its run's id
 
 
-def trackers(loggers: Iterable[Any]) -> list[Any]:
-    """Those of the loggers that write to a tracker."""
-    return [logger for logger in loggers if isinstance(logger, MLFlowLogger | WandbLogger)]
+def trackers(loggers: Iterable[Any] | bool) -> list[Any]:
+    """Those of the loggers that write to a tracker; none of what stands for no logger, or for Lightning's own."""
+    found = () if isinstance(loggers, bool) else loggers
+    return [logger for logger in found if isinstance(logger, MLFlowLogger | WandbLogger)]
 
 
-def make_sendable(loggers: Iterable[Any]) -> None:
+def make_sendable(loggers: Iterable[Any] | bool) -> None:
     """Lets this process send and copy the loggers, with the environment's MLFLOW_… and WANDB_…, such as a key."""
     for logger in trackers(loggers):
         lightning_logger_internals.make_sendable(logger)
@@ -35,8 +36,18 @@ def make_sendable(loggers: Iterable[Any]) -> None:
 
 def copies(loggers: Any) -> Any:
     """The loggers, or what stands for none or Lightning's own, for a run beside others."""
-    make_sendable(() if isinstance(loggers, bool) else loggers)
+    make_sendable(loggers)
     return copy.deepcopy(loggers)
+
+
+def refuse_one_run_for_all(loggers: Iterable[Any] | bool) -> None:
+    """Raises RequestError where a logger of several runs, the trials of a sweep, has one of its tracker's already."""
+    for logger in trackers(loggers):
+        if run := lightning_logger_internals.run_of(logger):
+            raise RequestError(
+                f"{type(logger).__name__} has the run {run}, and trials do not share one: leave it out, and each trial "
+                "has a run of its own."
+            )
 
 
 def accept_changes(loggers: Iterable[Any]) -> None:

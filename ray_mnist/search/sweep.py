@@ -22,7 +22,7 @@ from ray_mnist.launch.channel import over_ray
 from ray_mnist.launch.connection import connect, environment, this_folder
 from ray_mnist.launch.ray import bundle, in_thread, with_cpus
 from ray_mnist.launch.termination import on_sigterm
-from ray_mnist.run import lock, report
+from ray_mnist.run import lock, report, trackers
 from ray_mnist.run.folder import RunFolder, checkpoint_name
 from ray_mnist.run.records import read_metrics, to_json
 from ray_mnist.search import space
@@ -112,6 +112,7 @@ class Sweep:
         theirs = {name: value for name, value in arguments.items() if name not in set(OPTIONS) - {"max_epochs"}}
         self.theirs = theirs | {"logger": arguments.get("logger", False)}
         self.lightning = for_lightning(self.theirs, self.config)
+        trackers.refuse_one_run_for_all(self.lightning["logger"])
         self.placed = self.config  # with the CPUs that a worker gets on the cluster, once there is one
         self.build, self.domains, self.sweep = build, domains, sweep
         self.whole_config = whole_config or self._saved_arguments
