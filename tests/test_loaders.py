@@ -38,14 +38,8 @@ from ray_mnist import Trainer
 from ray_mnist.distributed import samples as fetching
 from ray_mnist.distributed.draws import SameDraws, compare_draws
 from ray_mnist.distributed.inspection import watching_for_the_rank
-from ray_mnist.distributed.loaders import (
-    ResumableLoader,
-    ShardedLoader,
-    resumable_loaders,
-    samples_seen,
-    shard_loader,
-    training_position,
-)
+from ray_mnist.distributed.loaders import ResumableLoader, ShardedLoader, resumable_loaders, samples_seen
+from ray_mnist.distributed.shard_loader import shard_loader, training_position
 from ray_mnist.distributed.shard_rules import interleave, shard_evaluation, shard_training
 from ray_mnist.distributed.strategy import shard_loaders
 from ray_mnist.distributed.weighting import LossWeighting

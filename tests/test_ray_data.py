@@ -25,8 +25,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ray_mnist import RayDataLoader, RequestError, Trainer
-from ray_mnist.distributed.loaders import ShardedRayData, epoch_samples, samples_seen
-from ray_mnist.distributed.ray_data import NAMESPACE, ShardsOfRank
+from ray_mnist.distributed.loaders import epoch_samples, samples_seen
+from ray_mnist.distributed.ray_data import NAMESPACE, ShardedRayData, ShardsOfRank
 from ray_mnist.distributed.ray_data_streams import Rows, Source, Stream, cut, neighbours
 from ray_mnist.distributed.shard_rules import ShardBatches, shard_evaluation, shard_training
 from ray_mnist.run.folder import CHECKPOINT, RunFolder

@@ -3,28 +3,17 @@
 import copy
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import chain, count, islice
 from typing import Any
 
-import pytorch_lightning as pl
 from lightning_fabric.utilities.data import sized_len
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.data import extract_batch_size
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, default_convert
+from torch.utils.data import DataLoader, IterableDataset, default_convert
 
-from ray_mnist.distributed.ray_data import RayDataLoader, ShardsOfRank
-from ray_mnist.distributed.ray_data_streams import neighbours
 from ray_mnist.distributed.samples import SeededDataset, collates_rows
-from ray_mnist.distributed.shard_rules import (
-    ALL,
-    ShardBatches,
-    round_robin,
-    round_robin_in_step,
-    shard_evaluation,
-    shard_training,
-)
+from ray_mnist.distributed.shard_rules import ALL, ShardBatches
 from ray_mnist.distributed.sharding import (
     SHARES_ITSELF_OUT,
     CollateShard,
@@ -35,7 +24,7 @@ from ray_mnist.distributed.sharding import (
     seed_generators,
 )
 from ray_mnist.errors import RequestError
-from ray_mnist.lightning_internals import is_sharded, record_like
+from ray_mnist.lightning_internals import record_like
 
 BatchSlice = tuple[int, int | None, int]
 
@@ -139,6 +128,9 @@ class ResumableLoader:
         behind, self.start = divmod(self.start - size, size) if size and self.start > size else (0, 0)
         self.epoch_pass, self.ended = (self.epoch_pass[0], self.epoch_pass[1] + 1 + behind), True
 
+    def close(self) -> None:
+        """Ends what it has in other processes, on all ranks together: nobody iterates any more."""
+
     def state_dict(self) -> dict[str, Any]:
         """What cuts an epoch up into batches. Where in the epoch the run stands is for Lightning to keep."""
         return {"batch_size": getattr(self.loader, "batch_size", None), "seed": self.seed}
@@ -228,31 +220,6 @@ class ShardedLoader(ResumableLoader):
         yield from islice(chain(first, batches), *((0, stop, 1) if whole else self.batch_slice))
 
 
-class ShardedRayData(ResumableLoader):
-    """Hands out this rank's shard of each batch of a RayDataLoader.
-
-    Args:
-        shards: where they come from.
-        **options: as for `ResumableLoader`.
-    """
-
-    def __init__(
-        self,
-        loader: RayDataLoader,
-        seed: int,
-        position: Callable[[], tuple[int, int]],
-        shards: ShardsOfRank,
-        **options: Any,
-    ) -> None:
-        super().__init__(loader, seed, position, **options)
-        self.shards = shards
-
-    def _begin(self) -> tuple[int, Iterator[tuple[int, float, Any]]]:
-        shards = self.shards.begin(self.start)
-        self.epoch_samples += self.shards.samples_before(self.start)
-        return self.start, ((samples, weight, self.loader.collate(columns)) for samples, weight, columns in shards)
-
-
 def sliced_length(batch_slice: BatchSlice, batches: int) -> int:
     """How many of so many batches are handed out."""
     return len(range(*slice(*batch_slice).indices(batches)))
@@ -264,119 +231,6 @@ def batch_size_of(batch: Any) -> int:
         return extract_batch_size(batch)
     except MisconfigurationException:
         return 0
-
-
-def shard_loader(
-    trainer: pl.Trainer, loader: Any, seed: int, presharded: bool, limit: int | float, number: int = 0
-) -> ResumableLoader:
-    """What this rank has of `loader`, the `number`th of its kind.
-
-    Of a model in shards all ranks have equally many batches, in prediction too.
-
-    Raises:
-        RequestError: it cannot be shared out.
-    """
-    rank, world_size, training = trainer.global_rank, trainer.world_size, trainer.training
-    loader = (
-        loader.loader if isinstance(loader, ResumableLoader) else loader
-    )  # of an earlier trainer, in a CombinedLoader
-
-    def position() -> tuple[int, int]:
-        return training_position(trainer) if training else (trainer.current_epoch, 0)
-
-    options: dict[str, Any] = {"seed": seed, "position": position, "number": number, "training": training}
-    options["weighing"] = training and world_size > 1
-    shard_batches: ShardBatches
-    batch_slice: BatchSlice = ALL
-    if trainer.predicting:
-        batch_slice = (0, limit if isinstance(limit, int) else limit_of(limit, loader), 1)
-    batched = isinstance(loader, DataLoader) and (loader.batch_sampler is not None or loader.batch_size is not None)
-    stream = batched and isinstance(loader.dataset, IterableDataset)
-    if presharded or has_distributed_sampler(loader):
-        return ResumableLoader(loader, batch_slice=batch_slice, **options)  # the user's own code shards it
-    if isinstance(loader, RayDataLoader):
-        return shard_ray_data(trainer, loader, batch_slice[1], options)
-    if trainer.predicting:
-        batch_slice = (rank, batch_slice[1], world_size)
-        if is_sharded(trainer.strategy) and world_size > 1:
-            if not batched or stream:
-                raise RequestError(
-                    f"{describe(loader)} cannot be shared out batch by batch for a model in shards, which all workers "
-                    "need together: predict from a DataLoader over a data set that is no stream."
-                )
-            shard_batches = partial(round_robin_in_step, batch_slice=batch_slice)
-            length = partial(sliced_length, (0, *batch_slice[1:]))
-            return ShardedLoader(loader, shard_batches=shard_batches, length=length, **options)
-        if not batched:
-            return ResumableLoader(loader, batch_slice=batch_slice, **options)
-        # Those of a stream can come from several processes, and take turns only once they are here.
-        here, there = (batch_slice, ALL) if stream else (ALL, batch_slice)
-        shard_batches = partial(round_robin, batch_slice=there)
-        length = partial(sliced_length, batch_slice)
-        return ShardedLoader(loader, shard_batches=shard_batches, length=length, batch_slice=here, **options)
-    if not batched:
-        if world_size == 1:
-            return ResumableLoader(loader, **options)
-        raise RequestError(
-            f"{describe(loader)} hands out finished batches, which {world_size} workers cannot share: use a DataLoader "
-            "with a batch_size, or share the data out yourself and give Trainer use_distributed_sampler=False."
-        )
-    if training and not stream and loader.batch_size:
-        check_batch_size(loader.batch_size, world_size)
-    shard_batches = partial(shard_training if training else shard_evaluation, rank=rank, world_size=world_size)
-    return ShardedLoader(
-        loader, shard_batches=shard_batches, length=int if training or stream or world_size == 1 else None, **options
-    )
-
-
-def shard_ray_data(
-    trainer: pl.Trainer, loader: RayDataLoader, stop: int | None, options: dict[str, Any]
-) -> ShardedRayData:
-    """The same of a Ray Data set; a prediction ends with batch `stop`. To be called on all ranks together."""
-    ranks, world_size = range(trainer.world_size), trainer.world_size
-    shard_batches: list[ShardBatches]
-    if trainer.predicting:
-        turns = round_robin_in_step if is_sharded(trainer.strategy) and world_size > 1 else round_robin
-        shard_batches = [partial(turns, batch_slice=(rank, stop, world_size)) for rank in ranks]
-    else:
-        if trainer.training:
-            check_batch_size(loader.batch_size, world_size)
-        rule = shard_training if trainer.training else shard_evaluation
-        shard_batches = [partial(rule, rank=rank, world_size=world_size, share=neighbours) for rank in ranks]
-    shards = ShardsOfRank(loader, shard_batches, trainer.global_rank, trainer.strategy.broadcast)
-    return ShardedRayData(loader, shards=shards, **options)
-
-
-def check_batch_size(batch_size: int, world_size: int) -> None:
-    """Raises RequestError where a batch has fewer samples than there are workers."""
-    if batch_size < world_size:
-        raise RequestError(
-            f"batch_size={batch_size} is the batch over all workers, and {world_size} workers cannot share it: "
-            f"use at least {world_size}."
-        )
-
-
-def has_distributed_sampler(loader: Any) -> bool:
-    """Whether the user's own sampler gives each rank a shard."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    return any(isinstance(getattr(each, "sampler", None), DistributedSampler) for each in (loader, batch_sampler))
-
-
-def limit_of(limit: float, loader: Any) -> int | None:
-    """So many batches are the part `limit` of the loader's; None where that is all of them."""
-    return None if limit == 1.0 else int(len(loader) * limit)
-
-
-def describe(loader: Any) -> str:
-    """Such as `A DataLoader with batch_size=None`."""
-    return f"A {type(loader).__name__}{' with batch_size=None' if isinstance(loader, DataLoader) else ''}"
-
-
-def training_position(trainer: pl.Trainer) -> tuple[int, int]:
-    """The epoch, counted from 0, and the batch that the run stands at."""
-    epoch: Any = trainer.fit_loop.epoch_progress.current
-    batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    return epoch.processed, batch.processed if epoch.ready > epoch.processed else 0
 
 
 def resumable_loaders(loaders: Any) -> list[ResumableLoader]:

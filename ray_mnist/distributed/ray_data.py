@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ray_mnist.distributed.loaders import ResumableLoader
 from ray_mnist.distributed.ray_data_streams import At, Coordinator, Source, Stream, whole
 from ray_mnist.distributed.shard_rules import Shard, ShardBatches
 from ray_mnist.errors import RequestError
@@ -142,6 +143,35 @@ class ShardsOfRank:
         """Takes no more."""
         if self.coordinator is not None:
             self.coordinator.end.remote(self.rank)
+
+
+class ShardedRayData(ResumableLoader):
+    """Hands out this rank's shard of each batch of a RayDataLoader.
+
+    Args:
+        shards: where they come from.
+        **options: as for `ResumableLoader`.
+    """
+
+    def __init__(
+        self,
+        loader: RayDataLoader,
+        seed: int,
+        position: Callable[[], tuple[int, int]],
+        shards: ShardsOfRank,
+        **options: Any,
+    ) -> None:
+        super().__init__(loader, seed, position, **options)
+        self.shards = shards
+
+    def _begin(self) -> tuple[int, Iterator[tuple[int, float, Any]]]:
+        shards = self.shards.begin(self.start)
+        self.epoch_samples += self.shards.samples_before(self.start)
+        return self.start, ((samples, weight, self.loader.collate(columns)) for samples, weight, columns in shards)
+
+    def close(self) -> None:
+        """Takes no more shards."""
+        self.shards.end()
 
 
 def start_coordinator(source: Source, shard_batches: list[ShardBatches]) -> tuple[Any, str]:

@@ -15,8 +15,8 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.tensor import DTensor
 
-from ray_mnist.distributed.loaders import ShardedRayData, shard_loader
-from ray_mnist.distributed.ray_data import ShardsOfRank
+from ray_mnist.distributed.loaders import ResumableLoader
+from ray_mnist.distributed.shard_loader import shard_loader
 from ray_mnist.distributed.weighting import LossWeighting
 from ray_mnist.errors import RequestError
 from ray_mnist.lightning_internals import is_sharded
@@ -46,7 +46,7 @@ class ShardsLoaders(Strategy):
     presharded: bool
     limit: int | float
     loaders_seen: Counter[Any]
-    ray_data: dict[Any, ShardsOfRank]  # of the loaders in use
+    in_use: dict[Any, ResumableLoader]
 
     def process_dataloader(self, dataloader: object) -> object:
         """Shards it."""
@@ -56,17 +56,16 @@ class ShardsLoaders(Strategy):
         number = self.loaders_seen[where]
         self.loaders_seen[where] += 1
         shard = shard_loader(trainer, dataloader, self.seed, self.presharded, self.limit, number)
-        if isinstance(shard, ShardedRayData):
-            place = trainer.state.stage, number
-            if place in self.ray_data:
-                self.ray_data[place].end()
-            self.ray_data[place] = shard.shards
+        place = trainer.state.stage, number
+        if place in self.in_use:
+            self.in_use[place].close()
+        self.in_use[place] = shard
         return super().process_dataloader(shard)
 
     def teardown(self) -> None:
-        """Ends what the loaders have in other processes."""
-        while self.ray_data:
-            self.ray_data.popitem()[1].end()
+        """Closes the loaders."""
+        while self.in_use:
+            self.in_use.popitem()[1].close()
         super().teardown()
 
 
@@ -80,7 +79,7 @@ def shard_loaders(trainer: pl.Trainer, seed: int, presharded: bool) -> None:
         presharded=presharded,
         limit=limit,
         loaders_seen=Counter(),
-        ray_data={},
+        in_use={},
     )
 
 
