@@ -3,13 +3,10 @@
 import math
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-import yaml
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
@@ -117,31 +114,10 @@ class Trainer:
         check_kind(model, data)
         job = self._job("fit", model, data, self._name(model, data), ckpt_path, weights_only)
         folder = job.folder
-        with (
-            console.quiet(),
-            self._own(folder, model),
-            prepare(job, self.config, self.keep_workers) as (where, launch),
-            trackers.begun(folder, self.loggers, self._elsewhere),
-        ):
-            saved_config = folder.read("config.yaml") if self.config.resume else None
-            self._write_config(folder, model, data)
-            console.say(f"{report.dataset_name(data, model)} · {report.describe_model(model)} · {where}")
-            console.say(f"run folder {folder}")
-            try:
-                with self._display(max_epochs=self.lightning["max_epochs"], known=read_metrics(folder)) as show:
-                    outcome: Outcome = launch(show)
-                    for row in outcome.history:
-                        show(EpochEnded(row))  # where the news of it was lost
-            except RequestError:
-                if saved_config:
-                    folder.write("config.yaml", saved_config)
-                elif not folder.checkpoints():
-                    folder.remove()
-                raise
-            except (KeyboardInterrupt, Stopped) as end:
-                advice = report.how_to_resume(folder.name, self.config, bool(self.full_config))
-                raise console.ended(end, advice) from None
-            result = report.write_result(folder, self.config, model, data, outcome, started)
+        with console.quiet(), lock.entered(folder, self.config.resume):
+            if self.config.resume:
+                report.check_model(folder, model)
+            outcome, result = self._train(job, started)
         self._fits += 1
         self.lightning_module, self._data, self._folder, self._result = model, data, folder, result
         self.current_epoch, self.global_step = outcome.trainer_state.current_epoch, outcome.trainer_state.global_step
@@ -341,6 +317,33 @@ class Trainer:
             raise RequestError(f"ckpt_path={str(ckpt_path)!r}: there is no such file.")
         return str(Path(ckpt_path).expanduser().absolute())
 
+    def _train(self, job: Job, started: float) -> tuple[Outcome, Result]:
+        """Does a `fit`, in its run folder, and writes down there what came of it."""
+        folder, model, data = job.folder, job.model, job.data
+        with (
+            prepare(job, self.config, self.keep_workers) as (where, launch),
+            trackers.begun(folder, self.loggers, self._elsewhere),
+        ):
+            saved_config = folder.read("config.yaml") if self.config.resume else None
+            report.write_config(folder, self.full_config or report.whole_config(self.config, model, data))
+            console.say(f"{report.dataset_name(data, model)} · {report.describe_model(model)} · {where}")
+            console.say(f"run folder {folder}")
+            try:
+                with self._display(max_epochs=self.lightning["max_epochs"], known=read_metrics(folder)) as show:
+                    outcome: Outcome = launch(show)
+                    for row in outcome.history:
+                        show(EpochEnded(row))  # where the news of it was lost
+            except RequestError:
+                if saved_config:
+                    folder.write("config.yaml", saved_config)
+                elif not folder.checkpoints():
+                    folder.remove()
+                raise
+            except (KeyboardInterrupt, Stopped) as end:
+                advice = report.how_to_resume(folder.name, self.config, bool(self.full_config))
+                raise console.ended(end, advice) from None
+            return outcome, report.write_result(folder, self.config, model, data, outcome, started)
+
     def _evaluate(
         self, task: str, model: Any, data: dict[str, Any], ckpt_path: Any, weights_only: bool | None, verbose: bool
     ) -> list[dict[str, float]]:
@@ -384,26 +387,3 @@ class Trainer:
         for item, attributes in zip([*self.callbacks, *self.loggers], state.callbacks_and_loggers, strict=False):
             vars(item).update(attributes)
         vars(model).update(state.model)
-
-    @contextmanager
-    def _own(self, folder: RunFolder, model: pl.LightningModule) -> Iterator[None]:
-        """Has the folder for this run alone, if it is one that the run may have."""
-        with lock.held(folder) as existed:
-            self._check_name(folder, model, existed)
-            yield
-
-    def _check_name(self, folder: RunFolder, model: pl.LightningModule, existed: bool) -> None:
-        model_class = report.class_path(model)
-        if self.config.resume and not folder.has("config.yaml"):
-            raise RequestError(f"--resume: there is no run in {folder} to go on with.")
-        if self.config.resume:
-            started_with = yaml.safe_load(folder.read("config.yaml"))["model"]["class_path"]
-            if started_with.rpartition(".")[2] != model_class.rpartition(".")[2]:
-                raise RequestError(f"--resume: the run in {folder} was started with {started_with}, not {model_class}.")
-        if not self.config.resume and existed:
-            raise RequestError(f"The run folder {folder} exists: give --resume to go on with it, or another --name.")
-
-    def _write_config(self, folder: RunFolder, model: Any, data: dict[str, Any]) -> None:
-        whole = self.full_config or report.whole_config(self.config, model, data, folder.name)
-        whole = {**whole, "name": folder.name, "resume": False}
-        folder.write("config.yaml", yaml.safe_dump(whole, sort_keys=False))

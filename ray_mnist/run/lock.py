@@ -55,6 +55,21 @@ def held(folder: RunFolder) -> Iterator[bool]:
                 folder.fs.delete_file(folder.at(claim))
 
 
+@contextmanager
+def entered(folder: RunFolder, resume: bool, what: str = "run") -> Iterator[None]:
+    """Keeps other runs out of a folder that is new or, to `resume`, has a run or whatever it is that goes on in it.
+
+    Raises:
+        RequestError: it is not so, or as for `held`.
+    """
+    with held(folder) as existed:
+        if resume and not folder.has("config.yaml"):
+            raise RequestError(f"--resume: there is no {what} in {folder} to go on with.")
+        if not resume and existed:
+            raise RequestError(f"The {what} folder {folder} exists: give --resume to go on with it, or another --name.")
+        yield
+
+
 def refuse_others(folder: RunFolder, claim: str) -> None:
     """Puts the claim into the folder, and removes those of runs that are dead.
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import yaml
 from torch.nn.parameter import is_lazy
 
 from ray_mnist.config import RunConfig
+from ray_mnist.errors import RequestError
 from ray_mnist.lightning_package import package_in_use
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Outcome, Row
@@ -30,12 +32,24 @@ class Result:
     plots: dict[str, bytes] = field(repr=False)  # PNG, by their names
 
 
-def whole_config(config: RunConfig, model: Any, data: dict[str, Any], name: str) -> dict[str, Any]:
+def whole_config(config: RunConfig, model: Any, data: dict[str, Any]) -> dict[str, Any]:
     """The resolved configuration, in the form that `--config` takes, of a run that was started from Python."""
-    whole: dict[str, Any] = vars(config) | {"name": name, "model": class_and_arguments(model)}
+    whole: dict[str, Any] = vars(config) | {"model": class_and_arguments(model)}
     if "datamodule" in data:
         whole["data"] = class_and_arguments(data["datamodule"])
     return whole
+
+
+def write_config(folder: RunFolder, whole: dict[str, Any]) -> None:
+    """Writes config.yaml, which `--config` takes for the same once more."""
+    folder.write("config.yaml", yaml.safe_dump({**whole, "name": folder.name, "resume": False}, sort_keys=False))
+
+
+def check_model(folder: RunFolder, model: Any) -> None:
+    """Raises RequestError where the run in the folder is one of another class of models, wherever that is now."""
+    started_with = yaml.safe_load(folder.read("config.yaml"))["model"]["class_path"]
+    if started_with.rpartition(".")[2] != class_path(model).rpartition(".")[2]:
+        raise RequestError(f"--resume: the run in {folder} was started with {started_with}, not {class_path(model)}.")
 
 
 def class_and_arguments(instance: Any) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class Sweep:
 
     def _saved_arguments(self, parameters: dict[str, Any]) -> dict[str, Any]:
         model, datamodule = self.build(parameters)
-        return report.whole_config(self.config, model, {"datamodule": datamodule}, "")
+        return report.whole_config(self.config, model, {"datamodule": datamodule})
 
     def run(self) -> SweepResult:
         """Runs the trials, tests the best, and writes the sweep folder.
@@ -137,8 +137,7 @@ class Sweep:
             stamp = time.strftime("%Y%m%d-%H%M%S")
             name = self.config.name or f"sweep-{self.dataset}-{self.model_name}-{stamp}"
             folder = RunFolder(self.config.storage_path, name)
-            with lock.held(folder) as existed:
-                self._check_name(folder, existed)
+            with lock.entered(folder, self.config.resume, "sweep"):
                 preflight.check_storage(folder, preflight.PROBE_BYTES)
                 return self._search(folder, model, datamodule, started)
 
@@ -195,21 +194,13 @@ class Sweep:
             names = ", ".join(f"trainer.{name}" for name in parameters)
             raise RequestError(f"{names} cannot differ from trial to trial: give it to the sweep as a whole.")
 
-    def _check_name(self, folder: RunFolder, existed: bool) -> None:
-        if self.config.resume and not folder.has("config.yaml"):
-            raise RequestError(f"--resume: there is no sweep in {folder} to go on with.")
-        if not self.config.resume and existed:
-            raise RequestError(f"The sweep folder {folder} exists: give --resume to go on with it, or another --name.")
-
     def _tuner(self, plan: Plan, folder: RunFolder, needs: list[dict[str, float]]) -> ray.tune.Tuner:
         reserved = ray.tune.PlacementGroupFactory(needs)
         trainable = ray.tune.with_resources(ray.tune.with_parameters(Trial, plan=plan), reserved)
         place = f"{folder.storage_path}/{folder.name}"
         if self.config.resume and ray.tune.Tuner.can_restore(f"{place}/tune"):
             return ray.tune.Tuner.restore(f"{place}/tune", trainable, resume_unfinished=True, resume_errored=False)
-        folder.write(
-            "config.yaml", yaml.safe_dump({**self.asked_for, "name": folder.name, "resume": False}, sort_keys=False)
-        )
+        report.write_config(folder, self.asked_for)
         random, grid = self.sweep.search == "random", self.sweep.search == "grid"
         return ray.tune.Tuner(
             trainable,
