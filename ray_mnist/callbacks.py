@@ -126,7 +126,8 @@ class Recorder(Checkpoint):
         """Adds the epoch's row and checkpoints."""
         seconds = time.monotonic() - self._epoch_started
         trained = total(trainer, samples_seen(trainer.train_dataloader) - self._trained_before)
-        self.train_samples = int(total(trainer, epoch_samples(trainer.train_dataloader)))
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        self.train_samples = int(total(trainer, epoch_samples(trainer.train_dataloader, batches)))
         row: Row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
         row |= {
             name: value.item()

@@ -98,6 +98,14 @@ def test_they_are_equal_but_for_rounding_on_another_number(before: int, after: i
         assert [row.get(name) for row in rows] == pytest.approx([row.get(name) for row in whole], rel=1e-6), name
 
 
+@pytest.mark.parametrize(("options", "samples"), [({"max_steps": 5}, 20), ({"max_steps": 16}, 20), ({}, SAMPLES)])
+def test_a_batch_of_a_stream_that_was_only_fetched_does_not_count(
+    options: dict[str, int], samples: int, tmp_path: Path
+) -> None:
+    trainer = run(tmp_path, 0, DataLoader(Stream(), batch_size=BATCH), **options)
+    assert trainer.result.values["train_samples"] == samples
+
+
 @pytest.mark.parametrize("at", [9, 11, 18], ids=lambda at: f"stopped at {at}")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_samples_of_a_streams_epoch_are_counted_whole(

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain, count, islice
 from typing import Any
@@ -63,7 +64,7 @@ class ResumableLoader:
         self.start = 0  # the batch that the next time through begins with
         self.ended = False
         self.samples = 0  # handed out so far; of an evaluation, those of this one
-        self.epoch_samples = 0  # of this epoch, with those before the place where the run was resumed
+        self.epoch_samples = deque([0], 2)  # of the epoch, resumed or not, up to each of the last two batches
         self.waited = 0.0  # seconds for the user's loader
         self.repeated = 0  # batches of a prediction that do not count
         self.batch = 0  # the next one's number in the epoch
@@ -94,7 +95,7 @@ class ResumableLoader:
             self.samples = self.repeated = 0
         if not (self.training and self.ended and epoch == self.epoch_pass[0]):
             self.epoch_pass, self.start, self.batch = (epoch, 0), batch, batch
-            self.epoch_samples = 0
+            self.epoch_samples = deque([0], 2)
         self.ended = False
         seed_generators(self.draws, *self.epoch_pass)
         first, batches = self._begin()
@@ -107,9 +108,10 @@ class ResumableLoader:
             if found is None:
                 break
             samples, weight, batch = found
-            self.epoch_samples += samples
             if number < self.start:
+                self.epoch_samples[-1] += samples
                 continue
+            self.epoch_samples.append(self.epoch_samples[-1] + samples)
             self.samples += samples
             self.repeated += not weight
             if self.weighing:
@@ -243,12 +245,13 @@ def samples_seen(loaders: Any) -> int:
     return sum(loader.samples for loader in resumable_loaders(loaders))
 
 
-def epoch_samples(loaders: Any) -> int:
-    """How many samples of them this rank has had in the epoch, with those before the place where the run was resumed.
+def epoch_samples(loaders: Any, batches: int) -> int:
+    """How many samples of them this rank has trained on in the epoch, of which it has trained on so many batches.
 
-    Of a data set that is no stream, these are not counted.
+    Lightning may have fetched one more. Where the run was resumed inside the epoch, the samples before that count if
+    the data set is a stream.
     """
-    return sum(loader.epoch_samples for loader in resumable_loaders(loaders))
+    return sum(loader.epoch_samples[-1 - (loader.batch > batches)] for loader in resumable_loaders(loaders))
 
 
 def seconds_waited(loaders: Any) -> float:

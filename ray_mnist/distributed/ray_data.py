@@ -166,7 +166,7 @@ class ShardedRayData(ResumableLoader):
 
     def _begin(self) -> tuple[int, Iterator[tuple[int, float, Any]]]:
         shards = self.shards.begin(self.start)
-        self.epoch_samples += self.shards.samples_before(self.start)
+        self.epoch_samples[-1] += self.shards.samples_before(self.start)
         return self.start, ((samples, weight, self.loader.collate(columns)) for samples, weight, columns in shards)
 
     def close(self) -> None:
