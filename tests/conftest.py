@@ -56,7 +56,9 @@ def pytest_collection_finish() -> None:
     if "processes" in sys.modules:
         from multiprocessing import forkserver  # not before `pytest_configure`, see there
 
-        forkserver.ensure_running()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # what it imports is here too
+            forkserver.ensure_running()
 
 
 @pytest.hookimpl(tryfirst=True)
