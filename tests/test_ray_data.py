@@ -12,6 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
+import gloo_workers
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,8 @@ import ray
 import ray.data
 import torch
 from conftest import wait_until
+from ranks import on_ranks
+from ray._raylet import JobID, PlacementGroupID
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -40,6 +43,7 @@ pytestmark = [
 ]
 
 SIZE, BATCH = 500, 64
+TESTED = {"rows": 100.0, "sum": float(sum(range(400, SIZE)))}  # the rows of `Digits` to test on
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +289,12 @@ def test_no_cpu_left_for_ray_data_is_said_at_once(digits: str) -> None:
 # In a training
 
 
+def test_workers_without_ray_train_do_not_draw_each_others_ids() -> None:
+    """Or they could not join the same cluster."""
+    one, other = on_ranks(lambda _: PlacementGroupID.of(JobID.from_int(1)).hex())
+    assert one != other
+
+
 class Digits(pl.LightningDataModule):
     """Reads where it trains: 400 digits to train on, and 100 for all else."""
 
@@ -404,32 +414,48 @@ def test_what_the_docs_have_trains(digits: str, tmp_path: Path) -> None:
     assert (trainer.global_step, trainer.result.values["val_samples"]) == (2, SIZE)
 
 
-@pytest.mark.parametrize("num_workers", [2, 3])
+@pytest.fixture(scope="module")
+def two_workers(digits: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Path]:
+    """A run on two workers, without Ray Train, and its folder."""
+    folder = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gloo_workers.select, "on_ray", gloo_workers.on_gloo)
+        return fit(digits, folder, 2), folder
+
+
 def test_the_losses_do_not_depend_on_the_number_of_workers(
-    num_workers: int, alone: tuple[Trainer, Path], gloo: None, digits: str, tmp_path: Path
+    alone: tuple[Trainer, Path], gloo: None, digits: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     before = coordinators()
-    check_same(fit(digits, tmp_path, num_workers), alone[0])
+    for trainer in (request.getfixturevalue("two_workers")[0], fit(digits, tmp_path, 3)):
+        check_same(trainer, alone[0])
+        assert trainer.result.values["train_samples"] == alone[0].result.values["train_samples"] == 400
     wait_until(lambda: coordinators() <= before, 60, "the coordinators to end")
 
 
-def test_on_ray_a_worker_that_dies_inside_an_epoch_changes_nothing(
-    alone: tuple[Trainer, Path], digits: str, tmp_path: Path
-) -> None:
+def test_two_workers_test_and_predict_each_row_once(gloo: None, digits: str, tmp_path: Path) -> None:
     before = coordinators()
-    undisturbed = fit(digits, tmp_path, 2, "undisturbed")
-    check_same(undisturbed, alone[0])
-    assert undisturbed.result.values["train_samples"] == alone[0].result.values["train_samples"] == 400
-    died = DieOnce(tmp_path / "died")
-    check_same(fit(digits, tmp_path, 2, callbacks=[died], max_failures=1), alone[0])
-    assert died.marker.exists()
-    torch.testing.assert_close(weights(tmp_path), weights(tmp_path, "undisturbed"), rtol=0, atol=0)
     trainer = Trainer(num_workers=2, storage_path=str(tmp_path))
     tested = trainer.test(Linear(), Digits(digits), verbose=False)
-    assert tested == [{"rows": 100.0, "sum": float(sum(range(400, SIZE)))}]
+    assert tested == [TESTED]
     predicted = trainer.predict(Linear(), Digits(digits))
     assert predicted is not None
     assert [batch.tolist() for batch in predicted] == [
         [*range(first, min(first + 30, SIZE))] for first in range(400, SIZE, 30)
     ]
+    wait_until(lambda: coordinators() <= before, 60, "the coordinators to end")
+
+
+def test_on_ray_a_worker_that_dies_inside_an_epoch_changes_nothing(
+    alone: tuple[Trainer, Path], two_workers: tuple[Trainer, Path], digits: str, tmp_path: Path
+) -> None:
+    before = coordinators()
+    died = DieOnce(tmp_path / "died")
+    trainer = fit(digits, tmp_path, 2, callbacks=[died], max_failures=1)
+    check_same(trainer, alone[0])
+    assert died.marker.exists()
+    assert trainer.result.values["restarts"] == 1
+    torch.testing.assert_close(weights(tmp_path), weights(two_workers[1]), rtol=0, atol=0)
+    assert trainer.result.values["test_samples"] == 100
+    assert {name: float(trainer.callback_metrics[name]) for name in TESTED} == TESTED
     wait_until(lambda: coordinators() <= before, 60, "the coordinators to end")
