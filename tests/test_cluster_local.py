@@ -116,47 +116,42 @@ def test_a_sweep_runs_on_the_machines(laptop: Laptop, network: Network) -> None:
     assert result_of(network, "sweep")["trials"] == 2
 
 
-def test_a_script_of_ones_own_is_submitted_as_a_job(laptop: Laptop, network: Network) -> None:
+def test_a_script_is_submitted_as_a_job_that_goes_on_when_a_machine_is_powered_off_and_on_again(
+    laptop: Laptop, network: Network, machines: dict[str, Machine]
+) -> None:
     job = laptop.project / "job"
     job.mkdir()
-    (job / "nets.py").write_text("import ray_mnist\n\nclass Net(ray_mnist.SimpleModel):\n    pass\n")
+    (job / "nets.py").write_text("from ray_mnist.held import Held\n\nclass Net(Held):\n    pass\n")
     (job / "script.py").write_text(
         "from nets import Net\nfrom ray_mnist import MNISTDataModule, Trainer\n"
-        "trainer = Trainer(max_epochs=1, num_workers=2, name='job')\n"
+        "trainer = Trainer(max_epochs=3, num_workers=3, name='job')\n"
         "trainer.fit(Net(), MNISTDataModule(dataset='digits'))\n"
     )
-    forward = laptop.start(in_project(f"exec ray dashboard {FILE}"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    piped: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    forward = laptop.start(in_project(f"exec ray dashboard {FILE}"), **piped)
     try:
         laptop.do("for i in $(seq 60); do (: </dev/tcp/localhost/8265) 2>/dev/null && break; sleep 1; done")
         submit = "RAY_AUTH_MODE=token ray job submit --address http://localhost:8265 --working-dir job"
-        assert "run folder /mnt/shared/runs/job" in laptop.do(f"{submit} -- python script.py")
+        run = laptop.start(in_project(f"{submit} -- python script.py"), **piped)
+        try:
+            metrics = network.shared / "runs" / "job" / "metrics.csv"
+            wait_until(lambda: metrics.exists() or run.poll() is not None, 600, "the first epoch")
+            machines["two"].off()
+            (network.shared / "go").touch()
+            machines["two"].on()
+            said, _ = run.communicate(timeout=600)
+        finally:
+            run.kill()
     finally:
         for process in [*psutil.Process(forward.pid).children(recursive=True), forward]:
             with suppress(psutil.NoSuchProcess):  # it went with its parent
                 process.kill()
         forward.communicate()
-    assert result_of(network, "job")["model"] == "Net"
-
-
-def test_a_run_goes_on_when_a_machine_is_powered_off_and_on_again(
-    laptop: Laptop, network: Network, machines: dict[str, Machine]
-) -> None:
-    model = "ray_mnist.held.Held"
-    train = f"python -m ray_mnist.train --dataset digits --num-workers 3 --max-epochs 3 --name cut --model {model}"
-    run = laptop.start(in_project(f"ray exec {FILE} '{train}'"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        metrics = network.shared / "runs" / "cut" / "metrics.csv"
-        wait_until(metrics.exists, 600, "the first epoch")
-        machines["two"].off()
-        (network.shared / "go").touch()
-        machines["two"].on()
-        said, _ = run.communicate(timeout=600)
-    finally:
-        run.kill()
     assert run.returncode == 0, said
-    result = result_of(network, "cut")
-    assert (result["restarts"], result["epochs"]) == (1, 3)
+    assert "run folder /mnt/shared/runs/job" in said
     assert "epoch 3/3" in said
+    result = result_of(network, "job")
+    assert (result["model"], result["restarts"], result["epochs"]) == ("Net", 1, 3)
 
 
 def test_down_leaves_nothing_running(laptop: Laptop, machines: dict[str, Machine]) -> None:
