@@ -9,10 +9,10 @@ import program
 import pytest
 import torch
 from harness import STALL_TIMEOUT_S, Nodes, Schedule, carry_out, draw, nodes
-from program import DROPOUT, STEPS_PER_EPOCH
+from program import DROPOUT, EPOCHS, STEPS_PER_EPOCH
 
 from ray_mnist.run.folder import RunFolder
-from ray_mnist.run.records import read_failures
+from ray_mnist.run.records import read_failures, read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -51,9 +51,17 @@ def test_a_run_comes_to_what_it_would_have_come_to(
 ) -> None:
     outcome = carry_out(schedule, tmp_path, cluster, undisturbed[schedule.dropout])
     assert outcome.wrong == []
+    folder = RunFolder(str(tmp_path), "run")
+    failures = read_failures(folder)
     if schedule.how == "stall":
-        failures = "".join(read_failures(RunFolder(str(tmp_path), "run")))
-        assert f"stalled in validation after step {STEPS_PER_EPOCH}: no answer for {STALL_TIMEOUT_S} s" in failures
+        said = f"stalled in validation after step {STEPS_PER_EPOCH}: no answer for {STALL_TIMEOUT_S} s"
+        assert said in "".join(failures)
+    if schedule.victim == "controller":
+        (failure,) = failures
+        said = "the run's controller died: killed, out of memory, or its machine is gone; starting again"
+        assert failure.partition(", once")[0] == said
+        assert outcome.restarts == 1
+        assert [row["epoch"] for row in read_metrics(folder)] == list(range(1, EPOCHS + 1))
     assert outcome.identical
     assert outcome.once
 
