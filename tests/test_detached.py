@@ -139,11 +139,25 @@ class Command:
         return self.process.wait(600)
 
 
+# It waits in the second epoch of very many until it is stopped: all that follow the run have the cores meanwhile.
+NETS = """
+import time
+
+import ray_mnist
+from ray_mnist.launch import pause
+
+class Net(ray_mnist.SimpleModel):
+    def on_train_batch_start(self, batch, batch_idx):
+        while self.trainer.max_epochs == 100_000 and self.current_epoch == 1 and not pause.HERE[0].stop.is_set():
+            time.sleep(0.05)
+"""
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts `Command`s, in a folder that has a module."""
     (tmp_path / "project").mkdir()
-    (tmp_path / "project" / "nets.py").write_text("import ray_mnist\n\nclass Net(ray_mnist.SimpleModel):\n    pass\n")
+    (tmp_path / "project" / "nets.py").write_text(NETS)
     commands: list[Command] = []
 
     def call(*arguments: str) -> Command:
