@@ -70,9 +70,9 @@ class Gate(pl.Callback):
                 time.sleep(0.05)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def nodes() -> Iterator[LocalCluster]:
-    """A head without CPUs, and two machines with one each; that one has gone is noticed within seconds."""
+    """A head without CPUs, and two machines with one each, which each test leaves; a loss is noticed in seconds."""
     quick = {"health_check_period_ms": 500, "health_check_timeout_ms": 20_000, "health_check_failure_threshold": 3}
     with tempfile.TemporaryDirectory(prefix="ray-") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
@@ -182,6 +182,7 @@ def test_a_run_leaves_a_machine_that_will_be_taken_away_without_losing_a_step(
     assert changes_of(folder) == [(2, 2, f"{host} will be taken away")]
     assert read_failures(folder) == []
     assert trainer.result.values["restarts"] == 0
+    nodes.remove_node(next(each for each in nodes.worker_nodes if each.node_id == node), allow_graceful=False)
     request.getfixturevalue("gloo")
     whole = fit(tmp_path, "whole", 2)
     for name in ("step", "train_loss", "val_loss"):
