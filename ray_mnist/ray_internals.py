@@ -10,7 +10,8 @@ import io
 import json
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import jsonschema  # type: ignore[import-untyped]
 import ray
 import ray.autoscaler
 from ray._common.utils import get_system_memory
+from ray._private import parameter
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
@@ -43,6 +45,23 @@ FIRST_AUTOSCALER = "RAY_enable_autoscaler_v2=0"  # where `ray start --head` woul
 # Ray would start a process for each CPU, of which a run takes none: its own have other settings.
 NO_IDLE_WORKERS: dict[str, Any] = {"_system_config": {"prestart_worker_first_driver": False}}
 UNEXPECTED_TERMINATION: int = NodeDeathInfo.Reason.Value("UNEXPECTED_TERMINATION")  # the DeathReason in ray.nodes()
+
+
+# Starting a local Ray
+
+
+@contextmanager
+def no_monitors() -> Iterator[None]:
+    """Has `ray.init` start no autoscaler, which has no nodes to add, and nothing that follows logs for the driver.
+
+    Both import for a second while the workers do, and the first takes as long to end; `ray.init` has no option.
+    """
+    full = parameter.RayParams
+    parameter.RayParams = partial(full, no_monitor=True, include_log_monitor=False)  # type: ignore[misc, assignment, arg-type]
+    try:
+        yield
+    finally:
+        parameter.RayParams = full  # type: ignore[misc]
 
 
 # Joining a cluster

@@ -5,7 +5,7 @@ It imports neither torch nor Lightning, which takes seconds, so that a command c
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,8 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
     settings = {name: os.environ.get(name, value) for name, value in defaults.items()}
     options: dict[str, Any] = {"num_cpus": enough_cpus(config, cpus), "include_dashboard": config.dashboard}
     options["runtime_env"] = {"env_vars": settings}
-    ray.init(address="local", **options, **ray_internals.NO_IDLE_WORKERS, **QUIET)
+    with nullcontext() if config.dashboard else ray_internals.no_monitors():  # a dashboard shows what they say
+        ray.init(address="local", **options, **ray_internals.NO_IDLE_WORKERS, **QUIET)
     if not cpus and not config.use_gpu:
         prepare = partial(import_worker, package_in_use())
         _workers[:] = ray_internals.start_workers(config.max_workers, prepare, numpy_threads(config))

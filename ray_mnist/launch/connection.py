@@ -1,5 +1,6 @@
 """Connects to a Ray cluster, and takes the working directory along."""
 
+import atexit
 import logging
 import math
 import os
@@ -95,6 +96,7 @@ def start_if_local(config: RunConfig) -> None:
     with console.quiet(), suppress(Exception):
         if address_to_join(config.address) is None:
             ahead.start_ray(config)
+            atexit.register(ray.shutdown)  # before Ray's own, which sleeps half a second for logs that nobody is shown
 
 
 def address_to_join(given: str | None) -> str | None:
