@@ -37,6 +37,7 @@ STEPS_PER_EPOCH = 17  # digits: 1,151 training samples in global batches of 64
 
 STARTED = """
 import os
+import psutil
 import pytorch_lightning as pl
 import ray
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
@@ -49,6 +50,9 @@ class Asks(pl.Callback):
         self.process = os.getpid()
 
 ahead.start_ray(RunConfig(num_workers=2))
+commands = [" ".join(each.cmdline()) for each in psutil.Process().children(recursive=True)]
+assert any("gcs_server" in command for command in commands)
+assert not [command for command in commands if "monitor.py" in command]
 process = ray.get(ray.get_actor(worker_name(0)).execute.remote(os.getpid))
 asks = Asks()
 Trainer(num_workers=2, max_epochs=1, callbacks=[asks]).fit(SimpleModel(), MNISTDataModule("digits"))
