@@ -8,6 +8,7 @@ tests/test_internals.py names what a new release moved.
 import copy
 import io
 import json
+import random
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -47,7 +48,22 @@ NO_IDLE_WORKERS: dict[str, Any] = {"_system_config": {"prestart_worker_first_dri
 UNEXPECTED_TERMINATION: int = NodeDeathInfo.Reason.Value("UNEXPECTED_TERMINATION")  # the DeathReason in ray.nodes()
 
 
-# Starting a local Ray
+# Starting a local Ray, or joining another
+
+
+@contextmanager
+def unseeded() -> Iterator[None]:
+    """Has Python's `random`, with which `ray.init` draws ids and ports, draw what it draws in no other process.
+
+    Two drivers of a cluster that have the same seed, and so the same ids, take each other's messages, and keep its head
+    busy: 0.7 of a core.
+    """
+    state = random.getstate()
+    random.seed()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 @contextmanager
@@ -62,9 +78,6 @@ def no_monitors() -> Iterator[None]:
         yield
     finally:
         parameter.RayParams = full  # type: ignore[misc]
-
-
-# Joining a cluster
 
 
 def show_token() -> None:

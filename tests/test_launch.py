@@ -1,5 +1,6 @@
 """What a launch on Ray asks of the cluster, and gives its workers: seen without one."""
 
+import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,11 +11,12 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from ray import cloudpickle
+from ray._raylet import GcsErrorSubscriber
 
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
 from ray_mnist.checks.preflight import CPUS_FOR_DATA, Cluster
 from ray_mnist.config import RunConfig
-from ray_mnist.launch import ahead
+from ray_mnist.launch import ahead, connection
 from ray_mnist.launch import ray as on_ray
 from ray_mnist.launch.channel import Sender
 from ray_mnist.search.trial import bundles
@@ -123,6 +125,30 @@ def test_workers_that_are_started_ahead_and_spares_are_told_their_threads_as_ray
     ahead._workers.clear()
     assert started == [{"env_vars": {"OMP_NUM_THREADS": threads}}]
     assert trained(config).spares.threads == threads
+
+
+@pytest.mark.parametrize(("address", "times"), [("somewhere:6379", 2), (None, 1)])
+def test_runs_with_the_same_seed_are_told_apart_by_ray(
+    address: str | None, times: int, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster is joined twice, the second time with a folder to send there."""
+    ids: list[int] = []
+    monkeypatch.setattr("ray.init", lambda **_: ids.append(random.getrandbits(64)))
+    monkeypatch.setattr("ray.shutdown", MagicMock())
+    for name in ("needs_folder", "may_use_other_machines"):
+        monkeypatch.setattr(connection, name, lambda *_: True)
+    monkeypatch.setattr(connection, "address_to_join", lambda _: address)
+    monkeypatch.setattr(connection, "KEEPER", MagicMock())
+    for _ in range(2):
+        random.seed(1)
+        connection.start_or_join(RunConfig(num_workers=1, use_gpu=True), job, cpus=0)
+    assert len(ids) == len({*ids}) == 2 * times
+    after = random.random()
+    random.seed(1)
+    assert random.random() == after
+    random.seed(1)
+    GcsErrorSubscriber(address="somewhere:6379")
+    assert random.random() != after, "Ray draws the ids of drivers otherwise now: nothing has to be done about them"
 
 
 def test_a_local_ray_has_cpus_for_ray_data_beside_a_runs_workers_but_no_more_than_a_sweeps_trials_take(

@@ -32,6 +32,7 @@ from ray_mnist.distributed.loaders import epoch_samples, samples_seen
 from ray_mnist.distributed.ray_data import NAMESPACE, ShardedRayData, ShardsOfRank
 from ray_mnist.distributed.ray_data_streams import Rows, Source, Stream, cut, neighbours
 from ray_mnist.distributed.shard_rules import ShardBatches, shard_evaluation, shard_training
+from ray_mnist.launch import ahead
 from ray_mnist.run.folder import CHECKPOINT, RunFolder
 
 pytestmark = [
@@ -305,7 +306,7 @@ class Digits(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Joins the cluster, of which workers over gloo are no part."""
         if not ray.is_initialized():
-            ray.init(self.address, log_to_driver=False, logging_level="ERROR")
+            ahead.init(address=self.address)
 
     def train_dataloader(self) -> Any:
         files = [f"{self.folder}/{part}.parquet" for part in range(3)]

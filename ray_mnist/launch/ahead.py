@@ -36,6 +36,12 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 _workers: list[Any] = []  # of the next run
 
 
+def init(**options: Any) -> None:
+    """`ray.init`, quietly, whatever was seeded before, and with the same draws after it."""
+    with ray_internals.unseeded():
+        ray.init(**options, **QUIET)
+
+
 def start_ray(config: RunConfig, cpus: int = 0) -> None:
     """Starts a local Ray with enough logical CPUs for the run, or with `cpus` for trials.
 
@@ -47,7 +53,7 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
     options: dict[str, Any] = {"num_cpus": enough_cpus(config, cpus), "include_dashboard": config.dashboard}
     options["runtime_env"] = {"env_vars": settings}
     with nullcontext() if config.dashboard else ray_internals.no_monitors():  # a dashboard shows what they say
-        ray.init(address="local", **options, **ray_internals.NO_IDLE_WORKERS, **QUIET)
+        init(address="local", **options, **ray_internals.NO_IDLE_WORKERS)
     if not cpus and not config.use_gpu:
         prepare = partial(import_worker, package_in_use())
         _workers[:] = ray_internals.start_workers(config.max_workers, prepare, numpy_threads(config))

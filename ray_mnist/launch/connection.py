@@ -55,12 +55,12 @@ def start_or_join(config: RunConfig, job: "Job", cpus: int) -> bool:
     address = address_to_join(config.address)
     try:
         if address:
-            ray.init(address=address, **ahead.QUIET)
+            ahead.init(address=address)
             if needs_folder(job) and may_use_other_machines():
                 ray.shutdown()  # a folder can be sent only as one connects
                 copied = True
                 with sending():
-                    ray.init(address=address, runtime_env=folder_to_send(config), **ahead.QUIET)
+                    ahead.init(address=address, runtime_env=folder_to_send(config))
         else:
             ahead.start_ray(config, cpus)
     except RequestError:
