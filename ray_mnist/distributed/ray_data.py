@@ -67,7 +67,7 @@ class RayDataLoader:
         self.collate_fn, self.source = collate_fn, Source(dataset, batch_size, drop_last)
 
     def __iter__(self) -> Iterator[Any]:
-        with closing(fetched(Stream(self.source, [whole], self.draw()).shards[0])) as batches:
+        with closing(fetched(Stream(self.source, [whole], self.draw()).alone())) as batches:
             yield from (self.collate(columns) for _, _, columns in batches)
 
     def draw(self) -> int | None:
@@ -112,6 +112,7 @@ class ShardsOfRank:
         self.loader, self.shard_batches, self.rank = loader, shard_batches, rank
         self.times = count()
         self.coordinator: Any = None
+        self.stream: Stream | None = None  # the newest, of a rank that is alone
         if len(shard_batches) > 1:
             import ray
 
@@ -123,9 +124,10 @@ class ShardsOfRank:
     def begin(self, start: int) -> Generator[Fetched]:
         """Goes through the data once more, from shard `start` on."""
         at = next(self.times), self.loader.draw(), start
-        if self.coordinator is None:
-            return fetched(Stream(self.loader.source, self.shard_batches, *at[1:]).shards[0])
-        return fetched(self._asked_for(at))
+        if self.coordinator is not None:
+            return fetched(self._asked_for(at))
+        self.stream = Stream(self.loader.source, self.shard_batches, *at[1:])
+        return fetched(self.stream.alone())
 
     def _asked_for(self, at: At) -> Iterator[Shard]:
         try:
@@ -143,6 +145,8 @@ class ShardsOfRank:
         """Takes no more."""
         if self.coordinator is not None:
             self.coordinator.end.remote(self.rank)
+        if self.stream is not None:
+            self.stream.leave(0)
 
 
 class ShardedRayData(ResumableLoader):

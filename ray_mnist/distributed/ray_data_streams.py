@@ -4,7 +4,7 @@ It imports no torch, which takes seconds.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -77,7 +77,7 @@ def neighbours(rows: Rows, rank: int, world_size: int) -> Rows:
     return rows[first : first + least + (rank < more)]
 
 
-def cut(pieces: "Iterator[Piece]", batch_size: int, drop_last: bool) -> Iterator[Rows]:
+def cut(pieces: "Iterator[Piece]", batch_size: int, drop_last: bool) -> Generator[Rows]:
     """The global batches."""
     held: list[Piece] = []
     size = 0
@@ -134,10 +134,22 @@ class Stream:
         return batch is not None
 
     def leave(self, rank: int) -> bool:
-        """Keeps nothing for the rank any more; whether there are others."""
+        """Keeps nothing for the rank any more; whether there are others, without which the stream ends.
+
+        Ray Data would end it once it is garbage, and ask Ray meanwhile: where there is none any more, that starts one.
+        """
         self.shards[rank] = iter(())
         self.waiting.pop(rank, None)
+        if not self.waiting:
+            self.batches.close()
         return bool(self.waiting)
+
+    def alone(self) -> Generator[Shard]:
+        """The shards of the only rank, which leaves with the last or where it is closed."""
+        try:
+            yield from self.shards[0]
+        finally:
+            self.leave(0)
 
 
 class Coordinator:
