@@ -233,11 +233,16 @@ class Blocks(Source):
         raise OSError("a disk")
 
 
-def test_what_all_ranks_had_is_let_go_of_and_what_fails_does_so_for_all() -> None:
-    source = Blocks(cast("Any", None), 2, drop_last=False)
+def blocks_for(world_size: int) -> tuple[Blocks, list[ShardBatches]]:
+    """Something to make a stream of, and each rank's rule."""
     rules: list[ShardBatches] = [
-        partial(shard_training, rank=rank, world_size=2, share=neighbours) for rank in range(2)
+        partial(shard_training, rank=rank, world_size=world_size, share=neighbours) for rank in range(world_size)
     ]
+    return Blocks(cast("Any", None), 2, drop_last=False), rules
+
+
+def test_what_all_ranks_had_is_let_go_of_and_what_fails_does_so_for_all() -> None:
+    source, rules = blocks_for(2)
     stream = Stream(source, rules, None)
     one, other = stream.shards
     for _ in islice(one, 40):
@@ -252,36 +257,49 @@ def test_what_all_ranks_had_is_let_go_of_and_what_fails_does_so_for_all() -> Non
                 pass
 
 
-@pytest.mark.parametrize("how", ["closed", "all others closed", "ended while something holds on to it"])
-def test_a_stream_that_nobody_takes_from_ends_at_once(how: str, digits: str) -> None:
-    """Once Ray was shut down, what Ray Data still has would start another."""
-    loader = RayDataLoader(ray.data.read_parquet(digits), 2)
-    loader.source = source = Blocks(cast("Any", None), 2, drop_last=False)
-    world_size = 2 if how == "all others closed" else 1
-    rules: list[ShardBatches] = [
-        partial(shard_training, rank=rank, world_size=world_size, share=neighbours) for rank in range(world_size)
-    ]
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Garbage stays."""
     gc.disable()
-    try:
-        if how == "closed":
-            shards = Stream(source, rules, None).alone()
-            next(shards)
-            shards.close()
-        elif how == "all others closed":
-            stream = Stream(source, rules, None)
-            taken = [next(each) for each in stream.shards]
-            assert [stream.leave(rank) for rank in range(len(taken))] == [True, False]
-        else:
-            ours = ShardsOfRank(loader, rules, 0, broadcast=str)
-            held = ours.begin(0)
-            assert ours.stream is not None
-            next(ours.stream.shards[0])
-            assert not source.ended
-            ours.end()
-            held.close()
-        assert source.ended
-    finally:
-        gc.enable()
+    yield
+    gc.enable()
+
+
+# A stream that nobody takes from ends at once: what Ray Data still has, once Ray was shut down, would start another.
+
+
+def test_a_stream_ends_where_it_is_closed(no_collection: None) -> None:
+    source, rules = blocks_for(1)
+    shards = Stream(source, rules, None).alone()
+    next(shards)
+    assert not source.ended
+    shards.close()
+    assert source.ended
+
+
+def test_a_stream_ends_with_the_last_rank_that_leaves(no_collection: None) -> None:
+    source, rules = blocks_for(2)
+    stream = Stream(source, rules, None)
+    for shards in stream.shards:
+        next(shards)
+    assert stream.leave(0)
+    assert not source.ended
+    assert not stream.leave(1)
+    assert source.ended
+
+
+def test_a_stream_ends_with_its_loader_whatever_holds_on_to_it(digits: str, no_collection: None) -> None:
+    loader = RayDataLoader(ray.data.read_parquet(digits), 2)
+    source, rules = blocks_for(1)
+    loader.source = source
+    shards = ShardsOfRank(loader, rules, 0, broadcast=str)
+    held = shards.begin(0)
+    assert shards.stream is not None
+    next(shards.stream.shards[0])
+    assert not source.ended
+    shards.end()
+    assert source.ended
+    held.close()
 
 
 def refusal(call: Any) -> str:
