@@ -1,6 +1,6 @@
 """All that this package uses of Ray Train's controller beyond its public API, and why: to look at with a new Ray.
 
-It imports neither torch nor Lightning, which takes seconds: a run's workers start once its controller has started.
+It imports neither torch nor Lightning, which takes seconds where processes are not forked: workers start after it.
 
 tests/test_internals.py names what a new release moved.
 """
@@ -13,7 +13,7 @@ from operator import call
 from typing import Any, ClassVar, Protocol
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
@@ -23,11 +23,8 @@ from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus
 from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
 from ray.train.v2._internal.util import TrainingFramework
-from ray.util.placement_group import placement_group_table
 
-from ray_mnist.launch.spares import Spares
 from ray_mnist.launch.stalls import Ask
-from ray_mnist.ray_internals import worker_name
 from ray_mnist.ray_scaling_internals import asking
 
 ANSWER_S = 10  # in which a worker that is well answers
@@ -78,7 +75,7 @@ class KeptWorkers(WorkerGroupState):
             worker.actor.shutdown.remote()  # which has Ray's callbacks there put an end to what they do
         ray.kill(self.sync_actor)
         self.answers.extend(worker.execute_async(call, self.clean) for worker in self.workers)
-        StartedWorkerGroup.kept = self
+        KeptWorkerGroup.kept = self
 
     def serve(self) -> bool:
         """Whether all of them live, and can do another run."""
@@ -89,11 +86,10 @@ class KeptWorkers(WorkerGroupState):
             return False
 
 
-class StartedWorkerGroup(WorkerGroup):
-    """Takes the workers that the run before has left, or those that were started already, if they live."""
+class KeptWorkerGroup(WorkerGroup):
+    """Takes the workers that the run before has left, if they live."""
 
     kept: ClassVar[KeptWorkers | None] = None
-    spares: ClassVar[Spares | None] = None
     taken: list[Worker] | None = None
 
     def keep(self, clean: Callable[[], bool]) -> None:
@@ -101,7 +97,7 @@ class StartedWorkerGroup(WorkerGroup):
         self._worker_group_state = KeptWorkers(**vars(self._worker_group_state), clean=clean)
 
     def _create_placement_group(self, *arguments: Any) -> Any:
-        kept, StartedWorkerGroup.kept = self.kept, None
+        kept, KeptWorkerGroup.kept = self.kept, None
         if kept is not None and kept.serve():
             self.taken = kept.workers
             return kept.placement_group_handle
@@ -109,36 +105,8 @@ class StartedWorkerGroup(WorkerGroup):
             super(KeptWorkers, kept).shutdown()
         return super()._create_placement_group(*arguments)
 
-    def _create_workers(
-        self, num_workers: int, placement_group: Any, resources_per_worker: Any, *others: Any, **more: Any
-    ) -> Any:
-        if self.taken:
-            return self._assign_worker_ranks(self.taken)
-        nodes = placement_group_table(placement_group)["bundles_to_node_id"]
-        started = {bundle: self.started_on(nodes[bundle], bundle) for bundle in range(num_workers)}
-        workers = [
-            Worker(*found, resources_per_worker, placement_group_bundle_index=bundle)
-            for bundle, found in started.items()
-            if found
-        ]
-        new = [bundle for bundle, found in started.items() if not found]
-        if new:
-            workers += super()._create_workers(len(new), placement_group, resources_per_worker, new, **more)
-        return self._assign_worker_ranks(workers)
-
-    def started_on(self, node: str, bundle: int) -> tuple[Any, Any] | None:
-        """A worker on the node that was started already, and what it tells of itself; None if there is none."""
-        with suppress(ValueError, RayActorError):
-            actor = ray.get_actor(worker_name(bundle))
-            return actor, ray.get(actor.get_metadata.remote())
-        return self.spares.take(node) if self.spares else None
-
-    def poll_status(self, *arguments: Any, **options: Any) -> WorkerGroupPollStatus:
-        """Has spare workers started, as long as all is well."""
-        status = super().poll_status(*arguments, **options)
-        if self.spares and not status.errors:
-            self.spares.look([worker.metadata.node_id for worker in self.get_workers()])
-        return status
+    def _create_workers(self, *arguments: Any, **more: Any) -> Any:
+        return self._assign_worker_ranks(self.taken) if self.taken else super()._create_workers(*arguments, **more)
 
 
 class LastingController(TrainController):
@@ -149,16 +117,16 @@ class LastingController(TrainController):
     def __init__(self) -> None:
         """There is no run yet."""
 
-    def begin(self, clean: Callable[[], bool] | None, spares: Spares | None, **arguments: Any) -> None:
-        """Takes Ray's own arguments for the next run; its workers are kept with `clean`, see `StartedWorkerGroup`."""
-        self.clean, StartedWorkerGroup.spares = clean, spares
+    def begin(self, clean: Callable[[], bool] | None, **arguments: Any) -> None:
+        """Takes Ray's own arguments for the next run; its workers are kept with `clean`, see `KeptWorkerGroup`."""
+        self.clean = clean
         super().__init__(**arguments)
 
 
-class StartedController(LastingController):
-    """A controller of workers that may have been started already, and may be exchanged."""
+class KeepingController(LastingController):
+    """A controller of workers that may be kept, and exchanged."""
 
-    worker_group_cls = StartedWorkerGroup
+    worker_group_cls = KeptWorkerGroup
 
     def _start_worker_group(self, *arguments: Any, **options: Any) -> None:
         super()._start_worker_group(*arguments, **options)
@@ -167,10 +135,7 @@ class StartedController(LastingController):
         policy.follow(group.get_workers())
 
     def _shutdown_worker_group(self) -> None:
-        next_state = getattr(self.get_state(), "next_state", None)
-        if next_state and StartedWorkerGroup.spares:  # the run ends
-            StartedWorkerGroup.spares.end()
-        if self.clean and isinstance(next_state, FinishedState):
+        if self.clean and isinstance(getattr(self.get_state(), "next_state", None), FinishedState):
             group: Any = self.get_worker_group()
             group.keep(self.clean)
         super()._shutdown_worker_group()

@@ -10,8 +10,8 @@ import io
 import json
 import random
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ import grpc  # type: ignore[import-untyped]
 import jsonschema  # type: ignore[import-untyped]
 import ray
 import ray.autoscaler
-from ray._common.utils import get_system_memory
 from ray._private import parameter
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-from ray._private.utils import get_used_memory, read_ray_address
+from ray._private.utils import read_ray_address
 from ray._private.worker import global_worker
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.sdk import get_cluster_status
@@ -34,7 +33,6 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 from ray.core.generated.common_pb2 import NodeDeathInfo  # type: ignore[attr-defined]
 from ray.experimental.internal_kv import _internal_kv_get
-from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 from ray.util.placement_group import PlacementGroup
 
 from ray_mnist.errors import one_line
@@ -179,43 +177,3 @@ def prepare_cluster_file(config: dict[str, Any]) -> tuple[dict[str, Any], str | 
     except Exception as error:  # of many kinds, KeyError and AssertionError among them
         return whole, f"Ray refuses the file, and says why: {type(error).__name__}: {one_line(error)}"
     return whole, None
-
-
-# Workers of Ray Train that are started before there is a run
-
-
-def worker_name(rank: int | str) -> str:
-    """The name under which a worker that is started already waits for a run."""
-    return f"ray_mnist-worker-{rank}"
-
-
-def start_workers(num_workers: int, prepare: Callable[[], None], threads: str) -> list[Any]:
-    """Starts the workers of the next run in this local Ray, and has each call `prepare`; it does not wait for them.
-
-    `StartedWorkerGroup` takes them. What they need of the machine, the run's placement group reserves. They end with
-    what is returned.
-    """
-    return [start_worker(prepare, threads, name=worker_name(rank))[0] for rank in range(num_workers)]
-
-
-def start_worker(prepare: Callable[[], None], threads: str, **options: Any) -> tuple[Any, Any]:
-    """Starts a worker with Ray's options for actors; returns it, and the reference to `prepare` being done in it.
-
-    Its OMP_NUM_THREADS, which NumPy reads as it is imported, Ray would set to 1 for want of CPUs.
-    """
-    environment = {"env_vars": {"OMP_NUM_THREADS": threads}}
-    worker: Any = ray.remote(num_cpus=0, runtime_env=environment)(RayTrainWorker).options(**options).remote()
-    return worker, worker.execute.remote(prepare)
-
-
-def memory_used() -> float:
-    """The share of this machine's memory, or of this container's, that is in use."""
-    return float(get_used_memory() / get_system_memory())
-
-
-def end_workers() -> None:
-    """Ends those that `start_workers` has started, whatever they do."""
-    for name in ray.util.list_named_actors():
-        if name.startswith(worker_name("")):
-            with suppress(ValueError):  # it has ended meanwhile
-                ray.kill(ray.get_actor(name))

@@ -23,9 +23,8 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ray_mnist.launch.exchange import Exchange
-from ray_mnist.launch.spares import Spares
-from ray_mnist.ray_controller_internals import LastingController, StartedController, WatchedGroup
-from ray_mnist.ray_internals import end_workers, ray_was_started_here
+from ray_mnist.ray_controller_internals import KeepingController, LastingController, WatchedGroup
+from ray_mnist.ray_internals import ray_was_started_here
 from ray_mnist.ray_scaling_internals import NoAutoscaler, policies
 
 
@@ -47,16 +46,14 @@ def end_run(controller: Any) -> None:
         group = PlacementGroupTableData.FromString(packed)
         if group.creator_actor_id == controller._actor_id.binary():
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
-    end_workers()  # which are in no placement group
 
 
 class AbortableTorchTrainer(TorchTrainer):
     """A TorchTrainer whose run can be ended from another thread; Ray's own answers Ctrl-C in the main thread only."""
 
-    controller_class: type[LastingController] = StartedController
+    controller_class: type[LastingController] = KeepingController
     controller: Any = None  # of this run; before it, one that an earlier run has left
     clean: Callable[[], bool] | None = None  # see `LastingController`
-    spares: Spares | None = None  # likewise
     aborted = False
     exchange: Exchange  # of its workers
 
@@ -86,12 +83,12 @@ class AbortableTorchTrainer(TorchTrainer):
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         arguments |= self.policies()
         if self.controller is None:
-            settings = {"env_vars": get_env_vars_to_propagate()}
+            settings = {"env_vars": get_env_vars_to_propagate()} | self.run_config.worker_runtime_env
             actor: Any = ray.remote(num_cpus=0, scheduling_strategy=self.controller_placement(), runtime_env=settings)
             self.controller = actor(self.controller_class).remote()
         if self.aborted:  # before there was one to end
             self.abort()
-        ray.get(self.controller.begin.remote(self.clean, self.spares, **arguments))
+        ray.get(self.controller.begin.remote(self.clean, **arguments))
         ray.get(self.controller.run.remote())
         return ray.get(self.controller.get_result.remote())
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import psutil
 import ray
 import ray._private.state
 
@@ -21,3 +22,9 @@ def process_of(actor_class: str) -> int:
     """The process of the first actor of this class that is alive or about to be; 0 if there is none."""
     found = [actor for actor in ray._private.state.actors().values() if actor["ActorClassName"] == actor_class]
     return next((actor["Pid"] for actor in found if actor["State"] in ("PENDING_CREATION", "ALIVE")), 0)
+
+
+def processes_on(node_id: str) -> list[psutil.Process]:
+    """Those of the actors on the node of this machine, which are no children of its own."""
+    found = [actor for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]
+    return [psutil.Process(actor["Pid"]) for actor in found if actor["Address"]["NodeID"] == node_id]

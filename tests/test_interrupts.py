@@ -16,11 +16,11 @@ from held import Held
 from ray_state import actors, placement_groups
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer, tune
-from ray_mnist.ray_controller_internals import StartedController
+from ray_mnist.ray_controller_internals import KeepingController
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.lock import CLAIM
 
-STARTING = StartedController.__name__
+STARTING = KeepingController.__name__
 pytestmark = pytest.mark.usefixtures("cluster")
 
 

@@ -1,6 +1,8 @@
 """What a launch on Ray asks of the cluster, and gives its workers: seen without one."""
 
 import random
+import shlex
+import subprocess
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -102,29 +104,54 @@ def test_cpus_that_cannot_be(value: Any) -> None:
 @pytest.mark.parametrize(
     ("wish", "options", "threads"), [(None, {}, "1"), (None, {"cpus_per_worker": 3}, "3"), ("7", {}, "7")]
 )
-def test_workers_that_are_started_ahead_and_spares_are_told_their_threads_as_ray_tells_others(
+def test_workers_are_forked_from_what_computes_on_as_many_threads_as_ray_tells_others(
     wish: str | None,
     options: dict[str, int],
     threads: str,
     trained: Callable[[RunConfig], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    started: list[Any] = []
-
-    def remote(**told: Any) -> Any:
-        started.append(told.get("runtime_env"))
-        return MagicMock()
-
-    monkeypatch.setattr("ray.init", MagicMock())
-    monkeypatch.setattr("ray.remote", remote)
     monkeypatch.delenv("OMP_NUM_THREADS")
     if wish:
         monkeypatch.setenv("OMP_NUM_THREADS", wish)
-    config = RunConfig(num_workers=1, max_failures=1, **options)
+    asked: list[Any] = []
+    monkeypatch.setattr("ray.init", lambda **given: asked.append(given["runtime_env"]))
+    monkeypatch.setattr("ray.remote", MagicMock())
+    monkeypatch.setattr("subprocess.run", lambda command, **_: asked.append(command))
+    config = RunConfig(num_workers=1, **options)
     ahead.start_ray(config)
-    ahead._workers.clear()
-    assert started == [{"env_vars": {"OMP_NUM_THREADS": threads}}]
-    assert trained(config).spares.threads == threads
+    begun, of_the_job = asked
+    of_workers = trained(config).given["run_config"].worker_runtime_env
+    assert shlex.split(of_workers["py_executable"])[3:] == begun
+    assert of_the_job["py_executable"] == of_workers["py_executable"]
+    assert begun[-2:] == ["pytorch_lightning", threads]
+
+
+@pytest.mark.parametrize("given", [{"pip": ["numpy"]}, {"conda": "mine"}, {"py_executable": "uv run python"}])
+def test_what_users_say_of_their_python_stays(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    context = SimpleNamespace(runtime_env={"env_vars": {}})
+    monkeypatch.setattr("ray.get_runtime_context", lambda: context)
+    ours = ahead.forked(RunConfig())
+    context.runtime_env |= ours
+    assert ahead.forked(RunConfig()) == ours != {}
+    context.runtime_env |= given
+    assert ahead.forked(RunConfig()) == {}
+
+
+def test_a_node_with_other_folders_starts_its_own_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "lib/python3.11/site-packages/ray/_private/workers/default_worker.py"
+    script.parent.mkdir(parents=True)
+    script.touch()
+    python = tmp_path / "bin/python3"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho its own: "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(ahead.sys, "executable", "/nowhere/bin/python")
+    # As Ray writes it.
+    command = f"exec {ahead.forked(RunConfig())['py_executable']} {script} --node 'a b'"
+    said = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+    assert said == f"its own: {script} --node a b\n"
 
 
 @pytest.mark.parametrize(("address", "times"), [("somewhere:6379", 2), (None, 1)])
@@ -139,9 +166,10 @@ def test_runs_with_the_same_seed_are_told_apart_by_ray(
         monkeypatch.setattr(connection, name, lambda *_: True)
     monkeypatch.setattr(connection, "address_to_join", lambda _: address)
     monkeypatch.setattr(connection, "KEEPER", MagicMock())
+    monkeypatch.setattr("ray.remote", MagicMock())
     for _ in range(2):
         random.seed(1)
-        connection.start_or_join(RunConfig(num_workers=1, use_gpu=True), job, cpus=0)
+        connection.start_or_join(RunConfig(num_workers=1), job, cpus=0)
     assert len(ids) == len({*ids}) == 2 * times
     after = random.random()
     random.seed(1)

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,6 @@ from ray_state import process_of
 
 from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.errors import RequestError, TrainingError
-from ray_mnist.launch import ray as on_ray
-from ray_mnist.launch.ahead import import_worker
 from ray_mnist.launch.keeping import KEEPER
 from ray_mnist.run.folder import CHECKPOINT, RunFolder
 from ray_mnist.run.records import read_failures, read_metrics
@@ -35,34 +32,34 @@ EPOCHS = 3
 STEPS_PER_EPOCH = 17  # digits: 1,151 training samples in global batches of 64
 
 
-STARTED = """
-import os
+FORKED = """
 import psutil
-import pytorch_lightning as pl
 import ray
-from ray_mnist import MNISTDataModule, SimpleModel, Trainer
 from ray_mnist.config import RunConfig
 from ray_mnist.launch import ahead
-from ray_mnist.ray_internals import worker_name
 
-class Asks(pl.Callback):
-    def on_fit_start(self, *_):
-        self.process = os.getpid()
+def about():
+    import sys
+    return {"torch", "pytorch_lightning", "ray.train"} <= {*sys.modules}, psutil.Process().ppid()
 
 ahead.start_ray(RunConfig(num_workers=2))
 commands = [" ".join(each.cmdline()) for each in psutil.Process().children(recursive=True)]
 assert any("gcs_server" in command for command in commands)
 assert not [command for command in commands if "monitor.py" in command]
-process = ray.get(ray.get_actor(worker_name(0)).execute.remote(os.getpid))
-asks = Asks()
-Trainer(num_workers=2, max_epochs=1, callbacks=[asks]).fit(SimpleModel(), MNISTDataModule("digits"))
-assert asks.process == process
+actors = [ray.remote(num_cpus=0)(type("Actor", (), {"about": lambda self: about()})).remote() for _ in range(2)]
+(imported, server), (_, other) = ray.get([actor.about.remote() for actor in actors])
+assert imported
+assert server == other
+process = psutil.Process(server)
+ray.shutdown()
+process.wait(10)
 """
 
 
 @pytest.mark.slow
-def test_a_run_takes_the_workers_that_were_started_before_it(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", STARTED], cwd=tmp_path, check=True, timeout=600)
+def test_what_is_started_before_a_run(tmp_path: Path) -> None:
+    """That workers are forked; how is tested in test_fork_server.py."""
+    subprocess.run([sys.executable, "-c", FORKED], cwd=tmp_path, check=True, timeout=600)
 
 
 def fit(folder: Path, name: str, num_workers: int, **arguments: Any) -> Trainer:
@@ -117,44 +114,39 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_workers(
 
 
 class DieOnce(pl.Callback):
-    """Kills the worker of `rank` after `step` optimizer steps, the first time it gets there and there are `spares`."""
+    """Kills the worker of `rank` after `step` optimizer steps, the first time it gets there."""
 
-    def __init__(self, marker: Path, rank: int, step: int, spares: int = 0) -> None:
-        self.marker, self.rank, self.step, self.spares = marker, rank, step, spares
-
-    def processes(self, what: str) -> set[int]:
-        """Those that have left a note in the marker's folder."""
-        return {int(file.suffix[1:]) for file in self.marker.parent.glob(f"{what}.*")}
-
-    def on_train_end(self, *_: Any) -> None:
-        self.marker.with_name(f"trained.{os.getpid()}").touch()
+    def __init__(self, marker: Path, rank: int, step: int) -> None:
+        self.marker, self.rank, self.step = marker, rank, step
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == self.step:
             print(f"rank {trainer.global_rank} is at step {self.step}")
         if trainer.global_rank == self.rank and trainer.global_step == self.step and not self.marker.exists():
-            wait_until(lambda: len(self.processes("spare")) == self.spares, 600, "the spare workers")
             self.marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def prepare(folder: Path, package: str) -> None:
-    """What a spare worker does, with a note of it, and not only while there is nothing else to do."""
-    import_worker(package)
-    (folder / f"spare.{os.getpid()}").touch()
+class NotesItsParent(pl.Callback):
+    """Has the process of each rank that has trained to the end leave a note of the process that started it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, *_: Any) -> None:
+        (self.folder / f"parent-of.{os.getpid()}").write_text(str(os.getppid()))
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_killed_worker_costs_no_sample_and_spare_ones_go_on(
-    two_workers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_killed_worker_costs_no_sample_and_others_are_forked(
+    two_workers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(on_ray, "AFTER_S", 0)
-    monkeypatch.setattr(on_ray, "import_worker_when_idle", partial(prepare, tmp_path))
-    killer = DieOnce(tmp_path / "killed", rank=0, step=STEPS_PER_EPOCH + 8, spares=2)
-    trainer = fit(tmp_path, "run", 2, callbacks=[killer], checkpoint_every_n_steps=5, max_failures=1)
+    killer = DieOnce(tmp_path / "killed", rank=0, step=STEPS_PER_EPOCH + 8)
+    notes = NotesItsParent(tmp_path)
+    trainer = fit(tmp_path, "run", 2, callbacks=[killer, notes], checkpoint_every_n_steps=5, max_failures=1)
     assert killer.marker.exists()
-    assert len(killer.processes("trained")) == 2
-    assert killer.processes("trained") <= killer.processes("spare")
+    (server,) = {int(note.read_text()) for note in tmp_path.glob("parent-of.*")}
+    assert "ray_mnist.launch.fork_server" in psutil.Process(server).cmdline()
     assert trainer.result.values["restarts"] == 1
     shown = capsys.readouterr().out
     assert "; starting again, once all workers have room (waiting up to 600 s)" in shown

@@ -1,12 +1,13 @@
-"""Starts a local Ray, and the workers of a run before there is one: starting and importing takes them seconds.
+"""Starts a local Ray, and what its workers are forked from before there is a run: to import it takes seconds.
 
 It imports neither torch nor Lightning, which takes seconds, so that a command can start Ray before it imports them.
 """
 
 import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
-from functools import partial
+import shlex
+import subprocess
+import sys
+from contextlib import nullcontext
 from typing import Any
 
 import ray
@@ -14,7 +15,8 @@ import ray
 from ray_mnist import ray_internals
 from ray_mnist.checks.preflight import CPUS_FOR_DATA, WAIT_FOR_NODES_S
 from ray_mnist.config import RunConfig
-from ray_mnist.lightning_package import import_heavy, package_in_use
+from ray_mnist.launch import forked_python
+from ray_mnist.lightning_package import package_in_use
 
 # Ray Train reads these when a run starts. A value that is set already is somebody's wish and stays.
 RAY_TRAIN_SETTINGS = {
@@ -31,9 +33,17 @@ RAY_TRAIN_SETTINGS = {
 }
 # Ray Data reads it: for each time through Parquet files it starts so many processes, 32 unless told.
 RAY_DATA_SETTINGS = {"RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": str(os.cpu_count() or 1)}
+# What of a `runtime_env` says which Python there is.
+OWN_PYTHON = {"pip", "uv", "conda", "container", "image_uri"}
+# For a node that has not the same folders, which is to start its own Python. What follows is Ray's script.
+IF_IT_IS_THERE = """
+test -x "$0" -a -f "$3" && exec "$0" "$@"
+shift 5
+python="${1%/lib/python*}/bin/python3"
+test -x "$python" || python=python3
+exec "$python" "$@"
+"""
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-
-_workers: list[Any] = []  # of the next run
 
 
 def init(**options: Any) -> None:
@@ -43,20 +53,18 @@ def init(**options: Any) -> None:
 
 
 def start_ray(config: RunConfig, cpus: int = 0) -> None:
-    """Starts a local Ray with enough logical CPUs for the run, or with `cpus` for trials.
-
-    Not started yet are the workers of trials, and those that have a GPU: Ray gives them theirs as it starts them.
-    """
+    """Starts a local Ray with enough logical CPUs for the run, or with `cpus` for trials."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     defaults = RAY_TRAIN_SETTINGS | RAY_DATA_SETTINGS
     settings = {name: os.environ.get(name, value) for name, value in defaults.items()}
     options: dict[str, Any] = {"num_cpus": enough_cpus(config, cpus), "include_dashboard": config.dashboard}
-    options["runtime_env"] = {"env_vars": settings}
+    options["runtime_env"] = {"env_vars": settings} | forked(config, begin=True)
     with nullcontext() if config.dashboard else ray_internals.no_monitors():  # a dashboard shows what they say
         init(address="local", **options, **ray_internals.NO_IDLE_WORKERS)
-    if not cpus and not config.use_gpu:
-        prepare = partial(import_worker, package_in_use())
-        _workers[:] = ray_internals.start_workers(config.max_workers, prepare, numpy_threads(config))
+    # The processes of a run: its workers, Ray Train's controller and our mailbox. An actor takes one that is idle.
+    idle = ray.remote(num_cpus=0)(lambda: None)
+    for _ in range(1 if cpus else config.max_workers + 2):
+        idle.remote()
 
 
 def enough_cpus(config: RunConfig, cpus: int = 0) -> int:
@@ -68,33 +76,28 @@ def enough_cpus(config: RunConfig, cpus: int = 0) -> int:
     return max(os.cpu_count() or 1, cpus or for_workers + CPUS_FOR_DATA)
 
 
-def numpy_threads(config: RunConfig) -> str:
-    """On how many threads NumPy computes in a worker that is started before it is needed.
+def forked(config: RunConfig, begin: bool = False) -> dict[str, str]:
+    """The part of a `runtime_env` that has Ray's processes forked, see `forked_python`.
 
-    As Ray tells those that it starts itself: the environment's wish, or as many as the worker has CPUs.
+    It is empty where the system can't, or where the user's own `ray.init` says what Python its processes have. With
+    `begin`, what they are forked from begins to import. NumPy, which reads it as it is imported, computes on as many
+    threads there as Ray tells those that it starts itself: the environment's wish, or as many as a worker has CPUs.
     """
-    return os.environ.get("OMP_NUM_THREADS", str(config.cpus_per_worker or 1))
+    if not hasattr(os, "pidfd_open") or has_own_python():  # Linux has the first
+        return {}
+    threads = os.environ.get("OMP_NUM_THREADS", str(config.cpus_per_worker or 1))
+    python = [sys.executable, "-P", "-S", forked_python.__file__, package_in_use(), threads]
+    if begin:
+        environment = os.environ | {"SPT_NOENV": "1"}  # as Ray has it in its processes
+        subprocess.run(python, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return {"py_executable": shlex.join(["sh", "-c", IF_IT_IS_THERE, *python])}
 
 
-def import_worker(package: str) -> None:
-    """Imports what a worker runs, torch and Lightning with it, of which `package` is the one in use."""
-    import_heavy(package, "ray_mnist.worker")
-
-
-def import_worker_when_idle(package: str) -> None:
-    """The same, beside a training: only while a core has nothing else to do, where the system (Linux) can do that.
-
-    Raises:
-        MemoryError: more than half of the memory is in use, of which the training may need more.
-    """
-
-    def run() -> None:
-        if ray_internals.memory_used() > 0.5:
-            raise MemoryError
-        with suppress(AttributeError, OSError):
-            # Of this thread, not of the process: to leave it again takes privileges.
-            os.sched_setscheduler(0, os.SCHED_IDLE | os.SCHED_RESET_ON_FORK, os.sched_param(0))
-        import_worker(package)
-
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(run).result()
+def has_own_python() -> bool:
+    """Whether the processes of the cluster that is joined, if one is, have a Python of their own."""
+    if not ray.is_initialized():
+        return False
+    given = ray.get_runtime_context().runtime_env
+    return bool(OWN_PYTHON & given.keys()) or forked_python.__file__ not in given.get(
+        "py_executable", forked_python.__file__
+    )

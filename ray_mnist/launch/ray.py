@@ -25,7 +25,7 @@ from ray_mnist.config import RunConfig
 from ray_mnist.distributed.strategy import FollowsFreezing, StaysOnDevice, WhollySharded, extend
 from ray_mnist.errors import RequestError, Stopped, TrainingError
 from ray_mnist.launch import pause
-from ray_mnist.launch.ahead import RAY_TRAIN_SETTINGS, import_worker_when_idle, numpy_threads
+from ray_mnist.launch.ahead import RAY_TRAIN_SETTINGS, forked
 from ray_mnist.launch.channel import over_ray
 from ray_mnist.launch.connection import environment, go_to, this_folder
 from ray_mnist.launch.exchange import LOOK_S, PLACE_S, Exchange
@@ -39,7 +39,6 @@ from ray_mnist.launch.failures import (
 )
 from ray_mnist.launch.keeping import KEEPER
 from ray_mnist.launch.output import root_logger, worker_output
-from ray_mnist.launch.spares import AFTER_S, Spares
 from ray_mnist.launch.stalls import StallWatch
 from ray_mnist.launch.termination import on_sigterm
 from ray_mnist.launch.traces import TRACES, left_clean
@@ -208,9 +207,6 @@ def launch(
         while True:
             written = len(read_failures(job.folder))
             trainer = make_trainer(job, config, settings, tries_left, trainer_class)
-            if tries_left and not config.use_gpu:  # Ray gives workers their GPU as it starts them
-                prepare = partial(import_worker_when_idle, package_in_use())
-                trainer.spares = Spares(prepare, numpy_threads(config), AFTER_S)
             trainer.controller, trainer.clean = KEEPER.take_controller(), by_name(left_clean) if keep else None
             try:
                 outcome: Outcome | Evaluation = cloudpickle.loads(in_thread(trainer.fit, trainer.abort).return_value)
@@ -263,6 +259,7 @@ def make_trainer(
             ),
             callbacks=[Failures(job.folder, max_failures, settings["send"], least(config)), *stalls],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            worker_runtime_env=forked(config),
         ),
     )
     workers = config.min_workers, config.max_workers

@@ -20,14 +20,13 @@ import torch
 from conftest import wait_until
 from program import BEGUN, DROPOUT, MOMENTS, OUTCOME, REACHED, STEPS, STRUCK, TEST
 from ray.cluster_utils import Cluster
-from ray_state import actors, placement_groups, process_of
+from ray_state import actors, placement_groups, process_of, processes_on
 
-from ray_mnist.ray_controller_internals import StartedController
+from ray_mnist.ray_controller_internals import KeepingController
 
 WORKERS = 2
 VICTIMS = ("worker", "node", "controller", "driver")
 STALL_TIMEOUT_S = 10  # of the runs
-SPARES_S = 60  # of those whose workers wait for the spare ones
 PAUSE_S = 5  # for which a driver or a controller stalls, which nobody starts again while they live
 RUN_S = 600  # that a run may take in all
 END_S = 120  # in which all that a run has started is gone after it
@@ -104,7 +103,7 @@ class Nodes:
         """Those of the node with this id, the workers too."""
         (node,) = (node for node in self.cluster.worker_nodes if node.node_id == node_id)
         roots = [psutil.Process(process.pid) for _, process in node.live_processes()]
-        return [*roots, *(child for root in roots for child in root.children(recursive=True))]
+        return [*roots, *(child for root in roots for child in root.children(recursive=True)), *processes_on(node_id)]
 
     def lose(self, node_id: str) -> None:
         """Ends what is left of a node, and forgets it."""
@@ -194,7 +193,7 @@ def victims(victim: str, reached: dict[str, Any], driver: subprocess.Popen[str],
         case "node":
             return cluster.processes(reached["node"])
         case "controller":
-            return [psutil.Process(process_of(StartedController.__name__))]
+            return [psutil.Process(process_of(KeepingController.__name__))]
         case _:
             return [psutil.Process(driver.pid)]
 
@@ -211,12 +210,10 @@ def blow(schedule: Schedule, struck: list[Any], folder: Path) -> float:
     return at
 
 
-def carry_out(schedule: Schedule, folder: Path, cluster: Nodes, expected: dict[str, Any], spares: int = 0) -> Outcome:
-    """A run in `folder`, which is struck once it has so many `spares`; `expected` is what it should come to."""
+def carry_out(schedule: Schedule, folder: Path, cluster: Nodes, expected: dict[str, Any]) -> Outcome:
+    """A run in `folder`, which is struck; `expected` is what it should come to."""
     outcome = Outcome(schedule)
     aim = {name: getattr(schedule, name) for name in ("moment", "step", "rank", "dropout")}
-    if spares:
-        aim |= {"spares": spares, "stall_timeout": SPARES_S}
     before, reached, struck_at = temporary(), dict[str, Any](), 0.0
     driver = start(folder, cluster, **aim)
     try:

@@ -4,11 +4,9 @@ import json
 import os
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytorch_lightning as pl
 import ray
 import torch
@@ -19,8 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ray_mnist import Trainer
-from ray_mnist.launch import ray as on_ray
-from ray_mnist.launch.ahead import import_worker_when_idle
 from ray_mnist.run.folder import RunFolder
 
 EPOCHS, BATCH, EVERY, DROPOUT = 2, 64, 4, 0.2
@@ -101,11 +97,10 @@ class Moments(pl.Callback):
         folder: gets the notes, and what whoever strikes has to know.
         moment: one of MOMENTS, or an empty string for none. `step` says which step, or after which step the next.
         rank: whose, where all ranks get there; uploads are rank 0's.
-        spares: how many spare workers are to be there before the blow, which start with the first step.
     """
 
-    def __init__(self, folder: Path, moment: str, step: int, rank: int, spares: int = 0) -> None:
-        self.folder, self.moment, self.step, self.rank, self.spares = folder, moment, step, rank, spares
+    def __init__(self, folder: Path, moment: str, step: int, rank: int) -> None:
+        self.folder, self.moment, self.step, self.rank = folder, moment, step, rank
         self.begun = False
 
     def at(self, moment: str, trainer: pl.Trainer) -> None:
@@ -113,8 +108,6 @@ class Moments(pl.Callback):
         reached = self.folder / REACHED
         if moment != self.moment or trainer.global_step < self.step or reached.exists():
             return
-        while moment != "start-up" and spares_of(self.folder) < self.spares:
-            time.sleep(0.02)
         aside = reached.with_suffix(".new")
         aside.write_text(json.dumps({"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}))
         aside.rename(reached)
@@ -158,30 +151,18 @@ class Moments(pl.Callback):
         self.at_if_mine("test", trainer)
 
 
-def prepare(folder: Path, package: str) -> None:
-    """What a spare worker does first, with a note that it is done."""
-    import_worker_when_idle(package)
-    (folder / f"spare.{os.getpid()}").touch()
-
-
-def spares_of(folder: Path) -> int:
-    """How many there are that are ready."""
-    return sum(psutil.pid_exists(int(note.suffix[1:])) for note in folder.glob("spare.*"))
-
-
 def train(
     folder: Path,
     moment: str = "",
     step: int = 0,
     rank: int = 0,
     dropout: float = DROPOUT,
-    spares: int = 0,
     **options: Any,
 ) -> None:
     """Trains, on two workers if nothing else is said; the outcome is in `folder` then."""
     options = {"max_epochs": EPOCHS, "checkpoint_every_n_steps": EVERY, "logger": False, "seed": 5} | options
     options = {"num_workers": 2, "storage_path": str(folder), "name": "run"} | options
-    trainer = Trainer(callbacks=[Moments(folder, moment, step, rank, spares)], **options)
+    trainer = Trainer(callbacks=[Moments(folder, moment, step, rank)], **options)
     torch.manual_seed(5)
     model = Net(dropout)
     trainer.fit(model, datamodule=Digits())
@@ -192,6 +173,4 @@ def train(
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
     where = Path(arguments.pop("folder"))
-    on_ray.AFTER_S = 0  # of the spare workers
-    on_ray.import_worker_when_idle = partial(prepare, where)  # type: ignore[assignment]
     train(where, **arguments)

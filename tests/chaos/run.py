@@ -41,9 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Kills and stalls what takes part in runs, at random moments.")
     parser.add_argument("--runs", type=int, default=50, help="how many schedules")
     parser.add_argument("--seed", type=int, default=0, help="of the first; the others follow it")
-    parser.add_argument("--spares", action="store_true", help="strike each run once it has its spare workers")
     options = parser.parse_args()
-    spares = WORKERS * options.spares
     good = 0
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as scratch:
         os.environ["TMPDIR"] = tempfile.tempdir = scratch
@@ -53,7 +51,7 @@ def main() -> None:
             for seed in range(options.seed, options.seed + options.runs):
                 with tempfile.TemporaryDirectory() as folder:
                     schedule = draw(seed)
-                    outcome = carry_out(schedule, Path(folder), cluster, expected[schedule.dropout], spares)
+                    outcome = carry_out(schedule, Path(folder), cluster, expected[schedule.dropout])
                     print(row(seed, outcome), flush=True)
                     good += outcome.good
     print(f"\n{good} of {options.runs} came to what the run without a blow came to, and left nothing behind.")
