@@ -89,7 +89,7 @@ def forked(config: RunConfig, begin: bool = False) -> dict[str, str]:
     python = [sys.executable, "-P", "-S", forked_python.__file__, package_in_use(), threads]
     if begin:
         environment = os.environ | {"SPT_NOENV": "1"}  # as Ray has it in its processes
-        subprocess.run(python, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(python, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return {"py_executable": shlex.join(["sh", "-c", IF_IT_IS_THERE, *python])}
 
 

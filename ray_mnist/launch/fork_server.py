@@ -20,7 +20,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from ray_mnist.launch.forked_python import user_of
+from ray_mnist.launch.forked_python import OF_RAY, user_of
 from ray_mnist.lightning_package import import_heavy
 
 LISTENER = 0  # the file descriptor
@@ -93,9 +93,8 @@ def become(connection: socket.socket) -> None:
     for standard, file in enumerate(files):
         os.dup2(file, standard)
         os.close(file)
-    # What imports have added, such as Lightning's for torch, goes along. The rest of it is the same.
-    own = [name for name in os.environ if name.startswith("RAY_") or name == "OMP_NUM_THREADS"]
-    for name in own:
+    # The others are the same, or imports have set them, such as Lightning's for torch.
+    for name in [name for name in os.environ if name.startswith(OF_RAY) or name == "OMP_NUM_THREADS"]:
         del os.environ[name]
     os.environ.update(environment)
     os.chdir(folder)
@@ -116,7 +115,7 @@ def run() -> None:
 
 
 def leave() -> None:
-    """Ends without Python's own end, which takes a second to free what has been imported."""
+    """Ends without Python's own end, which takes a second to free what was imported; nobody asks for the status."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
