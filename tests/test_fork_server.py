@@ -122,8 +122,7 @@ def test_where_an_import_fails_python_is_started_as_ever(raylet: Raylet) -> None
     assert about["environment"] == raylet.environment
 
 
-def test_the_servers_end_with_ray(tmp_path: Path) -> None:
-    raylet = Raylet(tmp_path)
+def test_the_servers_end_with_ray(raylet: Raylet) -> None:
     with_ray = psutil.Process(raylet.start()["parent"])
     without = with_ray.parent()
     assert without is not None
@@ -132,16 +131,16 @@ def test_the_servers_end_with_ray(tmp_path: Path) -> None:
 
 
 class Server:
-    """One that has imported next to nothing, and ends once nobody has asked for 0.3 s and nothing forked is left."""
+    """One that has imported nothing, and ends once nobody has asked for 0.3 s and nothing that it has forked lives."""
 
     def __init__(self, address: str) -> None:
         self.address = address
-        start = "from ray_mnist.launch import fork_server as it; it.IDLE_S = 0.3; it.serve(str({}), 'json'); it.run()"
+        start = "from ray_mnist.launch import fork_server as it; it.IDLE_S = 0.3; {}; it.serve(str({})); it.run()"
         listener = forked_python.listen(address)
         assert listener is not None
         assert forked_python.listen(address) is None
         with listener:
-            command = [sys.executable, "-c", start.format(os.getpid())]
+            command = [sys.executable, "-c", start.format("it.import_heavy = print", os.getpid())]
             self.process = subprocess.Popen(command, stdin=listener.fileno())
 
     def fork(self, folder: Path) -> psutil.Process:
