@@ -33,26 +33,27 @@ STEPS_PER_EPOCH = 17  # digits: 1,151 training samples in global batches of 64
 
 
 FORKED = """
+import os
 import psutil
 import ray
 from ray_mnist.config import RunConfig
 from ray_mnist.launch import ahead
 
-def about():
-    import sys
-    return {"torch", "pytorch_lightning", "ray.train"} <= {*sys.modules}, psutil.Process().ppid()
+class Actor:
+    def about(self):
+        import sys
+        return os.getppid(), {"torch", "pytorch_lightning", "ray.train"} <= {*sys.modules}
 
 ahead.start_ray(RunConfig(num_workers=2))
 commands = [" ".join(each.cmdline()) for each in psutil.Process().children(recursive=True)]
 assert any("gcs_server" in command for command in commands)
 assert not [command for command in commands if "monitor.py" in command]
-actors = [ray.remote(num_cpus=0)(type("Actor", (), {"about": lambda self: about()})).remote() for _ in range(2)]
-(imported, server), (_, other) = ray.get([actor.about.remote() for actor in actors])
-assert imported
-assert server == other
-process = psutil.Process(server)
+server = psutil.Process(ray.get(ray.remote(num_cpus=0)(lambda: os.getppid()).remote()))
+assert "ray_mnist.launch.fork_server" in server.cmdline()
+actors = [ray.remote(num_cpus=0)(Actor).remote() for _ in range(2)]
+assert ray.get([actor.about.remote() for actor in actors]) == [(server.pid, True)] * 2
 ray.shutdown()
-process.wait(10)
+server.wait(10)
 """
 
 

@@ -61,10 +61,7 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
     options["runtime_env"] = {"env_vars": settings} | forked(config, begin=True)
     with nullcontext() if config.dashboard else ray_internals.no_monitors():  # a dashboard shows what they say
         init(address="local", **options, **ray_internals.NO_IDLE_WORKERS)
-    # The processes of a run: its workers, Ray Train's controller and our mailbox. An actor takes one that is idle.
-    idle = ray.remote(num_cpus=0)(lambda: None)
-    for _ in range(1 if cpus else config.max_workers + 2):
-        idle.remote()
+    ray.remote(num_cpus=0)(lambda: None).remote()  # has what workers are forked from import Ray, too
 
 
 def enough_cpus(config: RunConfig, cpus: int = 0) -> int:
