@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -111,10 +110,7 @@ def test_grafana_has_a_panel_for_each_metric_and_no_other() -> None:
 
 
 class DiesOnce(pl.Callback):
-    """Has rank 1 die, once, and each step last a while, in which other tests have the cores."""
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        time.sleep(0.1)
+    """Has rank 1 die, once."""
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         died = Path("died")

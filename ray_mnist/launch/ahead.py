@@ -61,7 +61,8 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
     options["runtime_env"] = {"env_vars": settings} | forked(config, begin=True)
     with nullcontext() if config.dashboard else ray_internals.no_monitors():  # a dashboard shows what they say
         init(address="local", **options, **ray_internals.NO_IDLE_WORKERS)
-    ray.remote(num_cpus=0)(lambda: None).remote()  # has what workers are forked from import Ray, too
+    if not config.dashboard:  # an actor may take the process; one that starts before Ray's agent exports no metrics
+        ray.remote(num_cpus=0)(lambda: None).remote()  # has what workers are forked from import Ray, too
 
 
 def enough_cpus(config: RunConfig, cpus: int = 0) -> int:
