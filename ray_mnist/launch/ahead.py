@@ -61,7 +61,7 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
     options["runtime_env"] = {"env_vars": settings} | forked(config, begin=True)
     with nullcontext() if config.dashboard else ray_internals.no_monitors():  # a dashboard shows what they say
         init(address="local", **options, **ray_internals.NO_IDLE_WORKERS)
-    if not config.dashboard:  # an actor may take the process; one that starts before Ray's agent exports no metrics
+    if not config.dashboard:
         ray.remote(num_cpus=0)(lambda: None).remote()  # has what workers are forked from import Ray, too
 
 
@@ -77,11 +77,12 @@ def enough_cpus(config: RunConfig, cpus: int = 0) -> int:
 def forked(config: RunConfig, begin: bool = False) -> dict[str, str]:
     """The part of a `runtime_env` that has Ray's processes forked, see `forked_python`.
 
-    It is empty where the system can't, or where the user's own `ray.init` says what Python its processes have. With
+    It is empty where the system can't, where the user's own `ray.init` says what Python its processes have, and with a
+    dashboard: Ray has been seen not to export the metrics of a process that was forked. With
     `begin`, what they are forked from begins to import. NumPy, which reads it as it is imported, computes on as many
     threads there as Ray tells those that it starts itself: the environment's wish, or as many as a worker has CPUs.
     """
-    if not hasattr(os, "pidfd_open") or has_own_python():  # Linux has the first
+    if config.dashboard or not hasattr(os, "pidfd_open") or has_own_python():  # Linux has the second
         return {}
     threads = os.environ.get("OMP_NUM_THREADS", str(config.cpus_per_worker or 1))
     python = [sys.executable, "-P", "-S", forked_python.__file__, package_in_use(), threads]
