@@ -61,7 +61,7 @@ class Raylet:
         return about
 
     def end(self) -> None:
-        """Likewise."""
+        """Ends the process."""
         self.process.kill()
         self.process.wait()
 

@@ -58,10 +58,11 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
     defaults = RAY_TRAIN_SETTINGS | RAY_DATA_SETTINGS
     settings = {name: os.environ.get(name, value) for name, value in defaults.items()}
     options: dict[str, Any] = {"num_cpus": enough_cpus(config, cpus), "include_dashboard": config.dashboard}
-    options["runtime_env"] = {"env_vars": settings} | forked(config, begin=True)
+    forks = forked(config, begin=True)
+    options["runtime_env"] = {"env_vars": settings} | forks
     with nullcontext() if config.dashboard else ray_internals.no_monitors():  # a dashboard shows what they say
         init(address="local", **options, **ray_internals.NO_IDLE_WORKERS)
-    if not config.dashboard:
+    if forks:
         ray.remote(num_cpus=0)(lambda: None).remote()  # has what workers are forked from import Ray, too
 
 
