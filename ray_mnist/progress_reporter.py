@@ -25,7 +25,8 @@ class ProgressReporter(Callback):
     """Tells, on rank 0, of a batch that ends half a second or more after the last that it told of.
 
     Other batches cost a look at the clock. The loss is this rank's; that of a GPU is told with the first batch after
-    which it has arrived, so that nothing waits for it. There is no collective in it.
+    which it has arrived, so that nothing waits for it. The rates are those since the end of a phase's first
+    batch, told of or not: an epoch may be shorter than half a second. There is no collective in it.
 
     Args:
         tell: takes the news.
@@ -52,6 +53,8 @@ class ProgressReporter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tells of it if it is time."""
+        if batch_idx == 0:
+            self._count(trainer, batch_idx)
         if self.clock() >= self.due:
             loss = loss_of(outputs)
             if self.loss is None and loss is not None:
@@ -70,34 +73,42 @@ class ProgressReporter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self.clock() >= self.due and not trainer.sanity_checking:
+        if trainer.sanity_checking:
+            return
+        if batch_idx == 0:
+            self._count(trainer, batch_idx, dataloader_idx)
+        if self.clock() >= self.due:
             validated_or_tested = trainer.num_val_batches if trainer.validating else trainer.num_test_batches
             batches = trainer.num_predict_batches if trainer.predicting else validated_or_tested
             self._report(trainer, batch_idx, batches[dataloader_idx], loader=dataloader_idx)
 
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _evaluated
 
-    def _report(
-        self, trainer: Trainer, batch_idx: int, batches: int | float, loss: float | None = None, loader: int = 0
-    ) -> None:
+    def _count(self, trainer: Trainer, batch_idx: int, loader: int = 0) -> None:
+        """Has the rates be over this batch, too, and over none of another phase."""
         word, loaders = STAGES[trainer.state.stage or ""]
-        now, batch = self.clock(), batch_idx + 1
-        # Of a batch, this rank's shard is this part.
-        part = (self.weighting.weight if trainer.training else 1.0) / trainer.world_size
-        samples, waited = samples_seen(getattr(trainer, loaders)), seconds_waited(getattr(trainer, loaders))
-        newest = self.uploads.newest if self.uploads else None
-        self.due = now + EVERY_S
-        phase = word, trainer.current_epoch, loader
+        phase, batch = (word, trainer.current_epoch, loader), batch_idx + 1
         if phase != self.phase or batch <= self.recent[-1][1]:  # which is validated several times in an epoch
             self.phase = phase
             self.recent.clear()
-        self.recent.append((now, batch, samples, waited))
+        samples, waited = samples_seen(getattr(trainer, loaders)), seconds_waited(getattr(trainer, loaders))
+        self.recent.append((self.clock(), batch, samples, waited))
+
+    def _report(
+        self, trainer: Trainer, batch_idx: int, batches: int | float, loss: float | None = None, loader: int = 0
+    ) -> None:
+        self._count(trainer, batch_idx, loader)
         then, first, samples_then, waited_then = self.recent[0]
+        now, batch, samples, waited = self.recent[-1]
+        self.due = now + EVERY_S
+        # Of a batch, this rank's shard is this part.
+        part = (self.weighting.weight if trainer.training else 1.0) / trainer.world_size
         seconds, known = now - then, batches != math.inf
         step_seconds = seconds / (batch - first) if seconds else None
+        newest = self.uploads.newest if self.uploads else None
         self.tell(
             Progress(
-                phase=word,
+                phase=STAGES[trainer.state.stage or ""][0],
                 epoch=trainer.current_epoch + 1,
                 batch=batch,
                 batches=int(batches) if known else None,

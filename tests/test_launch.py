@@ -139,11 +139,6 @@ def test_what_users_say_of_their_python_stays(given: dict[str, Any], monkeypatch
     assert ahead.forked(RunConfig()) == {}
 
 
-def test_with_a_dashboard_nothing_is_forked() -> None:
-    """Whose metrics Ray does not export: test_metrics.py."""
-    assert ahead.forked(RunConfig(num_workers=2, dashboard=True)) == {} != ahead.forked(RunConfig(num_workers=2))
-
-
 def test_a_node_with_other_folders_starts_its_own_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "lib/python3.11/site-packages/ray/_private/workers/default_worker.py"
     script.parent.mkdir(parents=True)

@@ -72,6 +72,33 @@ def test_a_batch_is_told_of_twice_a_second_at_most_and_its_loss_read_only_then()
     assert (last.step_seconds, last.data_wait_seconds) == (0.125, 0.03125)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_epochs_that_are_shorter_than_the_time_between_two_reports_have_rates(training: bool) -> None:
+    told: list[Any] = []
+    now, module = 0.0, SimpleNamespace()
+    reporter = ProgressReporter(told.append, LossWeighting(), clock=lambda: now)
+    loader = ResumableLoader([], 0, lambda: (0, 0))
+    stage = SimpleNamespace(stage="train" if training else "validate")
+    trainer: Any = SimpleNamespace(world_size=1, training=training, validating=True, predicting=False, state=stage)
+    trainer.sanity_checking = False
+    vars(trainer).update(num_training_batches=4, num_val_batches=[4], train_dataloader=loader, val_dataloaders=loader)
+    for trainer.current_epoch in range(100):
+        for batch in range(4):
+            now += 0.03125
+            loader.samples += 4
+            loader.waited += 0.015625
+            trainer.global_step = batch
+            if training:
+                reporter.on_train_batch_end(trainer, module, {"loss": torch.tensor(1.0)}, None, batch)
+            else:
+                reporter.on_validation_batch_end(trainer, module, None, None, batch)
+        now += 0.03125  # in which another phase could be
+    timed = [event for event in told if event.batch > 1]
+    assert len(timed) > 10
+    assert {event.samples_per_second for event in timed} == {128}
+    assert {(event.step_seconds, event.data_wait_seconds) for event in timed} == {(0.03125, 0.015625)}
+
+
 def test_each_validation_in_an_epoch_has_rates_of_its_own() -> None:
     told: list[Any] = []
     now, module = 0.0, SimpleNamespace()

@@ -78,12 +78,11 @@ def enough_cpus(config: RunConfig, cpus: int = 0) -> int:
 def forked(config: RunConfig, begin: bool = False) -> dict[str, str]:
     """The part of a `runtime_env` that has Ray's processes forked, see `forked_python`.
 
-    It is empty where the system can't, where the user's own `ray.init` says what Python its processes have, and with a
-    dashboard: Ray has been seen not to export the metrics of a process that was forked. With
+    It is empty where the system can't, or where the user's own `ray.init` says what Python its processes have. With
     `begin`, what they are forked from begins to import. NumPy, which reads it as it is imported, computes on as many
     threads there as Ray tells those that it starts itself: the environment's wish, or as many as a worker has CPUs.
     """
-    if config.dashboard or not hasattr(os, "pidfd_open") or has_own_python():  # Linux has the second
+    if not hasattr(os, "pidfd_open") or has_own_python():  # Linux has the first
         return {}
     threads = os.environ.get("OMP_NUM_THREADS", str(config.cpus_per_worker or 1))
     python = [sys.executable, "-P", "-S", forked_python.__file__, package_in_use(), threads]
