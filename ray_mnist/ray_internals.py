@@ -8,6 +8,7 @@ tests/test_internals.py names what a new release moved.
 import copy
 import io
 import json
+import os
 import random
 import socket
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from ray._private import parameter
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.utils import read_ray_address
 from ray._private.worker import global_worker
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -76,6 +78,12 @@ def no_monitors() -> Iterator[None]:
         yield
     finally:
         parameter.RayParams = full  # type: ignore[misc]
+
+
+def runtime_env_of_submitted_job() -> dict[str, Any]:
+    """What `ray job submit` was given, if it started this process: `ray.init` refuses another `py_executable`."""
+    job: dict[str, Any] = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    return job.get("runtime_env") or {}
 
 
 def show_token() -> None:

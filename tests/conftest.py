@@ -154,10 +154,13 @@ def ray_cluster() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def cluster(ray_cluster: str) -> Iterator[None]:
-    """This process, connected to the tests' cluster: whatever trains uses the connection and leaves it."""
+    """This process, connected to the tests' cluster as a run is: whatever trains uses the connection and leaves it."""
     import ray  # once the environment above is set
 
-    ray.init(address=ray_cluster, log_to_driver=False, logging_level="ERROR")
+    from ray_mnist.config import RunConfig
+    from ray_mnist.launch import ahead
+
+    ray.init(address=ray_cluster, runtime_env=ahead.forked(RunConfig()), **ahead.QUIET)
     yield
     assert ray.is_initialized(), "a connection was closed by one whose own it was not"
     ray.shutdown()

@@ -6,5 +6,13 @@ processes = get_context("forkserver")
 # This list and the process are those of all contexts: another `set_forkserver_preload` would undo this one. The last
 # modules are what an optimizer, a strategy, the digits and what the tests define import.
 processes.set_forkserver_preload(
-    ["unseeded", "ray_mnist.launch.ray", "ray_mnist.trainer", "torch._dynamo", "ray.tune", "sklearn.datasets", "pytest"]
+    [
+        "ray_mnist.ray_fork_internals",
+        "ray_mnist.launch.ray",
+        "ray_mnist.trainer",
+        "torch._dynamo",
+        "ray.tune",
+        "sklearn.datasets",
+        "pytest",
+    ]
 )

@@ -21,6 +21,7 @@ from ray_mnist.launch import fork_server, forked_python
 
 SCRIPT = """
 import json, os, random, signal, sys
+from concurrent.futures import ThreadPoolExecutor
 about = {
     "imported": [name for name in ("torch._dynamo", "pytorch_lightning", "ray.train") if name in sys.modules],
     "argv": sys.argv, "name": __name__, "path": sys.path[0], "folder": os.getcwd(), "stdin": sys.stdin.read(),
@@ -29,6 +30,11 @@ about = {
 }
 import numpy, torch
 about |= {"draws": [random.random(), numpy.random.rand()], "threads": torch.get_num_threads()}
+if "ray" in sys.modules:
+    import ray
+
+    def ids(): return [ray.ObjectRef.from_random().hex() for _ in range(3)]
+    about["draws"] += [*ids(), *ThreadPoolExecutor(1).submit(ids).result()]
 print(json.dumps(about))
 print("the end", file=sys.stderr)
 """

@@ -44,6 +44,7 @@ INTERNALS = (
     "ray_train_internals.py",
     "ray_scaling_internals.py",
     "ray_data_internals.py",
+    "ray_fork_internals.py",
     "lightning_internals.py",
     "lightning_logger_internals.py",
 )

@@ -1,5 +1,6 @@
 """What a launch on Ray asks of the cluster, and gives its workers: seen without one."""
 
+import json
 import random
 import shlex
 import subprocess
@@ -127,7 +128,22 @@ def test_workers_are_forked_from_what_computes_on_as_many_threads_as_ray_tells_o
     assert begun[-2:] == ["pytorch_lightning", threads]
 
 
-@pytest.mark.parametrize("given", [{"pip": ["numpy"]}, {"conda": "mine"}, {"py_executable": "uv run python"}])
+OWN_PYTHONS = pytest.mark.parametrize(
+    "given", [{"pip": ["numpy"]}, {"conda": "mine"}, {"py_executable": "uv run python"}]
+)
+
+
+@OWN_PYTHONS
+def test_what_a_submitted_job_says_of_its_python_stays(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    job: dict[str, Any] = {"runtime_env": {"working_dir": "gcs://package.zip"}, "metadata": {}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))  # as Ray does, before there is a connection
+    assert ahead.forked(RunConfig()) != {}
+    job["runtime_env"] |= given
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    assert ahead.forked(RunConfig()) == {}
+
+
+@OWN_PYTHONS
 def test_what_users_say_of_their_python_stays(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     context = SimpleNamespace(runtime_env={"env_vars": {}})
@@ -155,12 +171,18 @@ def test_a_node_with_other_folders_starts_its_own_python(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(("address", "times"), [("somewhere:6379", 2), (None, 1)])
-def test_runs_with_the_same_seed_are_told_apart_by_ray(
+def test_runs_with_the_same_seed_are_told_apart_by_ray_and_all_that_is_theirs_is_forked(
     address: str | None, times: int, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cluster is joined twice, the second time with a folder to send there."""
     ids: list[int] = []
-    monkeypatch.setattr("ray.init", lambda **_: ids.append(random.getrandbits(64)))
+    given: list[dict[str, Any]] = []
+
+    def init(runtime_env: dict[str, Any], **_: Any) -> None:
+        ids.append(random.getrandbits(64))
+        given.append(runtime_env)
+
+    monkeypatch.setattr("ray.init", init)
     monkeypatch.setattr("ray.shutdown", MagicMock())
     for name in ("needs_folder", "may_use_other_machines"):
         monkeypatch.setattr(connection, name, lambda *_: True)
@@ -171,6 +193,7 @@ def test_runs_with_the_same_seed_are_told_apart_by_ray(
         random.seed(1)
         connection.start_or_join(RunConfig(num_workers=1), job, cpus=0)
     assert len(ids) == len({*ids}) == 2 * times
+    assert [each["py_executable"] for each in given] == [ahead.forked(RunConfig())["py_executable"]] * len(ids)
     after = random.random()
     random.seed(1)
     assert random.random() == after

@@ -78,9 +78,10 @@ def enough_cpus(config: RunConfig, cpus: int = 0) -> int:
 def forked(config: RunConfig, begin: bool = False) -> dict[str, str]:
     """The part of a `runtime_env` that has Ray's processes forked, see `forked_python`.
 
-    It is empty where the system can't, or where the user's own `ray.init` says what Python its processes have. With
-    `begin`, what they are forked from begins to import. NumPy, which reads it as it is imported, computes on as many
-    threads there as Ray tells those that it starts itself: the environment's wish, or as many as a worker has CPUs.
+    It is empty where the system can't, or where the user's own `ray.init` or Ray job says what Python its processes
+    have. With `begin`, what they are forked from begins to import. NumPy, which reads it as it is imported, computes on
+    as many threads there as Ray tells those that it starts itself: the environment's wish, or as many as a worker has
+    CPUs.
     """
     if not hasattr(os, "pidfd_open") or has_own_python():  # Linux has the first
         return {}
@@ -93,10 +94,9 @@ def forked(config: RunConfig, begin: bool = False) -> dict[str, str]:
 
 
 def has_own_python() -> bool:
-    """Whether the processes of the cluster that is joined, if one is, have a Python of their own."""
-    if not ray.is_initialized():
-        return False
-    given = ray.get_runtime_context().runtime_env
+    """Whether the processes of the cluster that is, or will be, joined have a Python of their own."""
+    connected = ray.is_initialized()
+    given = ray.get_runtime_context().runtime_env if connected else ray_internals.runtime_env_of_submitted_job()
     return bool(OWN_PYTHON & given.keys()) or forked_python.__file__ not in given.get(
         "py_executable", forked_python.__file__
     )

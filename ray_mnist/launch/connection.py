@@ -55,12 +55,13 @@ def start_or_join(config: RunConfig, job: "Job", cpus: int) -> bool:
     address = address_to_join(config.address)
     try:
         if address:
-            ahead.init(address=address)
+            forked = ahead.forked(config)
+            ahead.init(address=address, runtime_env=forked)
             if needs_folder(job) and may_use_other_machines():
                 ray.shutdown()  # a folder can be sent only as one connects
                 copied = True
                 with sending():
-                    ahead.init(address=address, runtime_env=folder_to_send(config))
+                    ahead.init(address=address, runtime_env=folder_to_send(config) | forked)
         else:
             ahead.start_ray(config, cpus)
     except RequestError:

@@ -51,7 +51,7 @@ def fork(package: str, threads: str, script: Sequence[str]) -> bool:
         with listener:
             raylet = int(os.environ["RAY_RAYLET_PID"])
             base = start_without_ray(package, threads, raylet)
-            server = server_command(raylet, package, "ray_mnist.launch.ray")
+            server = server_command(raylet, package, "ray_mnist.ray_fork_internals", "ray_mnist.launch.ray")
             if not ask(base, server, os.environ | {"OMP_NUM_THREADS": threads}, [listener.fileno(), 1, 2]):
                 return False
     return ask(address, script, os.environ, [0, 1, 2])
