@@ -90,7 +90,7 @@ def losses(storage: Path | str, name: str) -> list[float]:
     return [row[kind] for row in rows for kind in ("train_loss", "val_loss")]
 
 
-@pytest.fixture(params=["local", "object store"])
+@pytest.fixture(params=["local", pytest.param("object store", marks=pytest.mark.slow)])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A storage path in a folder, or in an object store."""
     return str(tmp_path) if request.param == "local" else f"{request.getfixturevalue('bucket')}/{tmp_path.name}"

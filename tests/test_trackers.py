@@ -143,7 +143,7 @@ class WandbRun:
 
 
 @pytest.mark.plots
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_configuration_metrics_plots_and_the_best_checkpoint_arrive(
     num_workers: int, gloo: None, store: str, tmp_path: Path
 ) -> None:

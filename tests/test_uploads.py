@@ -433,6 +433,7 @@ class KillsStorage(pl.Callback):
             use_s3_at(f"http://127.0.0.1:{self.s3.port}", self.patch)
 
 
+@pytest.mark.slow
 def test_an_object_store_may_be_killed_and_brought_back(
     s3: S3, undisturbed: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
