@@ -25,8 +25,8 @@ class ProgressReporter(Callback):
     """Tells, on rank 0, of a batch that ends half a second or more after the last that it told of.
 
     Other batches cost a look at the clock. The loss is this rank's; that of a GPU is told with the first batch after
-    which it has arrived, so that nothing waits for it. The rates are those since the end of a phase's first
-    batch, told of or not: an epoch may be shorter than half a second. There is no collective in it.
+    which it has arrived, so that nothing waits for it. The rates are those since the end of a phase's first batch, told
+    of or not: an epoch may be shorter than half a second. There is no collective in it.
 
     Args:
         tell: takes the news.
