@@ -160,7 +160,7 @@ def cluster(ray_cluster: str) -> Iterator[None]:
     from ray_mnist.config import RunConfig
     from ray_mnist.launch import ahead
 
-    ray.init(address=ray_cluster, runtime_env=ahead.forked(RunConfig()), **ahead.QUIET)
+    ahead.init(address=ray_cluster, runtime_env=ahead.forked(RunConfig()))
     yield
     assert ray.is_initialized(), "a connection was closed by one whose own it was not"
     ray.shutdown()
