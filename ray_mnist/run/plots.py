@@ -5,14 +5,16 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from sklearn.metrics import ConfusionMatrixDisplay
+from torchmetrics.utilities.plot import plot_confusion_matrix
 
 from ray_mnist.run.folder import RunFolder
 from ray_mnist.run.outcome import Outcome, Row
 
-READABLE_CLASSES = 50  # a confusion matrix of more is drawn without numbers and names
+READABLE_CLASSES = 20  # a confusion matrix of more is drawn without numbers and names
+CELL_INCHES = 0.7  # of one with them
 MOST_WEIGHTS = 64  # of the first layer are shown
 MOST_CLASSES = 1000  # one of more than these is not drawn: a cell would be less than a pixel
 
@@ -75,13 +77,14 @@ def confusion(pairs: Counter[tuple[int, int]], names: tuple[str, ...]) -> Figure
     counts = np.zeros((len(names), len(names)), dtype=int)
     for pair, times in pairs.items():
         counts[pair] = times
-    figure = Figure(figsize=(7, 6))
+    readable = len(names) <= READABLE_CLASSES
+    side = max(4.0, CELL_INCHES * len(names)) if readable else 7.0
+    figure = Figure(figsize=(side, side))
     axes = figure.subplots()
-    turned, readable = 45 if max(map(len, names)) > 2 else 0, len(names) <= READABLE_CLASSES
-    display = ConfusionMatrixDisplay(counts, display_labels=names)
-    display.plot(ax=axes, cmap="Blues", values_format="d", xticks_rotation=turned, include_values=readable)
+    plot_confusion_matrix(torch.from_numpy(counts), axes, add_text=readable, labels=list(names), cmap="Blues")
     if not readable:
         axes.set(xticks=[], yticks=[])
+        figure.colorbar(axes.images[0])
     return figure
 
 
@@ -106,15 +109,20 @@ def mistakes(found: list[dict[str, Any]], names: tuple[str, ...], columns: int =
 def weights(layer: np.ndarray, columns: int = 16) -> Figure:
     """The weights (N, 1 or 3, height, width) of a layer's first units, each as a picture: what it looks for."""
     shown = layer[:MOST_WEIGHTS].transpose(0, 2, 3, 1)
-    rows = -(-len(shown) // columns)
+    scaled = shown / np.maximum(np.abs(shown).max(axis=(1, 2, 3), keepdims=True), np.finfo(shown.dtype).tiny)
+    grey = scaled.shape[3] == 1
+    rows = -(-len(scaled) // columns)
+    # One picture of all: axes for each would take ten times as long.
+    framed = np.pad(
+        scaled,
+        ((0, rows * columns - len(scaled)), (1, 1), (1, 1), (0, 0)),
+        constant_values=np.nan if grey else 1,
+    )
+    _, height, width, channels = framed.shape
+    tiles = framed.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    mosaic = tiles.reshape(rows * height, columns * width, channels)
     figure = Figure(figsize=(9, 0.6 * rows))
-    cells = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for cell in cells:
-        cell.axis("off")
-    for cell, picture in zip(cells, shown, strict=False):
-        most = np.abs(picture).max() or 1
-        if picture.shape[2] == 1:
-            cell.imshow(picture[:, :, 0], cmap="RdBu_r", vmin=-most, vmax=most)
-        else:
-            cell.imshow(0.5 + picture / (2 * most))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    axes.imshow(mosaic[:, :, 0] if grey else 0.5 + mosaic / 2, cmap="RdBu_r", vmin=-1, vmax=1)
     return figure
