@@ -21,7 +21,7 @@ import grpc  # type: ignore[import-untyped]
 import jsonschema  # type: ignore[import-untyped]
 import ray
 import ray.autoscaler
-from ray._private import parameter
+from ray._private import parameter, services
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
@@ -67,17 +67,23 @@ def unseeded() -> Iterator[None]:
 
 
 @contextmanager
-def no_monitors() -> Iterator[None]:
-    """Has `ray.init` start no autoscaler, which has no nodes to add, and nothing that follows logs for the driver.
+def local_ray(dashboard: bool, **settings: Any) -> Iterator[None]:
+    """Has a local Ray that `ray.init` starts have these settings, and little else that a run here has no use for.
 
-    Both import for a second while the workers do, and the first takes as long to end; `ray.init` has no option.
+    Without a dashboard that is: no autoscaler, which has no nodes to add, nothing that follows logs for the driver, and
+    no server to count who uses Ray. Each imports for a second while the workers do, and Ray waits for the last to start
+    and for the first to end. `ray.init` has no options for these.
     """
-    full = parameter.RayParams
-    parameter.RayParams = partial(full, no_monitor=True, include_log_monitor=False)  # type: ignore[misc, assignment, arg-type]
+    params, start_api_server = parameter.RayParams, services.start_api_server
+    if not dashboard:
+        settings |= {"no_monitor": True, "include_log_monitor": False}
+        services.start_api_server = lambda *_, **__: ("", None)
+    parameter.RayParams = partial(params, **settings)  # type: ignore[misc, assignment]
     try:
         yield
     finally:
-        parameter.RayParams = full  # type: ignore[misc]
+        parameter.RayParams = params  # type: ignore[misc]
+        services.start_api_server = start_api_server
 
 
 def runtime_env_of_submitted_job() -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """What a launch on Ray asks of the cluster, and gives its workers: seen without one."""
 
 import json
+import os
 import random
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from ray import cloudpickle
 from ray._raylet import GcsErrorSubscriber
 
-from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
+from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer, ray_setup_worker
 from ray_mnist.checks.preflight import CPUS_FOR_DATA, Cluster
 from ray_mnist.config import RunConfig
 from ray_mnist.launch import ahead, connection
@@ -168,6 +170,32 @@ def test_a_node_with_other_folders_starts_its_own_python(tmp_path: Path, monkeyp
     command = f"exec {ahead.forked(RunConfig())['py_executable']} {script} --node 'a b'"
     said = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
     assert said == f"its own: {script} --node a b\n"
+
+
+@pytest.mark.parametrize(
+    ("python", "more", "is_rays"),
+    [
+        ("forked_python.py", {"env_vars": {"MINE": "a b"}}, False),
+        ("forked_python.py", {"env_vars": {"MINE": "${TERM}"}}, True),
+        ("forked_python.py", {"command_prefix": ["MINE='a b'"]}, True),
+        ("", {"env_vars": {"MINE": "a b"}}, True),
+    ],
+)
+def test_what_is_to_be_forked_is_asked_for_without_ray_and_all_else_by_rays_own_script(
+    python: str, more: dict[str, Any], is_rays: bool, tmp_path: Path
+) -> None:
+    seen = tmp_path / "script.py"
+    seen.write_text("import os, sys; print(os.environ['MINE'], sys.argv[1:])")
+    script = [str(seen), "--node=a b", "--worker-id=1"]
+    executable = f"{sys.executable} {tmp_path / python}" if python else sys.executable
+    (tmp_path / "forked_python.py").write_text("import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0])")
+    context = {"command_prefix": [], "env_vars": {}, "py_executable": executable, "java_jars": []} | more
+    # As Ray's raylet does it.
+    command = [sys.executable, "-v", ray_setup_worker.__file__, *script, "--language=PYTHON"]
+    command.append(f"--serialized-runtime-env-context={json.dumps(context)}")
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TERM": "a b"}, check=True)
+    assert done.stdout == "a b ['--node=a b', '--worker-id=1']\n"
+    assert ("import 'ray'" in done.stderr) == is_rays
 
 
 @pytest.mark.parametrize(("address", "times"), [("somewhere:6379", 2), (None, 1)])

@@ -47,7 +47,8 @@ class Actor:
 ahead.start_ray(RunConfig(num_workers=2))
 commands = [" ".join(each.cmdline()) for each in psutil.Process().children(recursive=True)]
 assert any("gcs_server" in command for command in commands)
-assert not [command for command in commands if "monitor.py" in command]
+assert not [command for command in commands if "monitor.py" in command or "dashboard.py" in command]
+assert any("raylet" in command and "ray_setup_worker.py" in command for command in commands)
 server = psutil.Process(ray.get(ray.remote(num_cpus=0)(lambda: os.getppid()).remote()))
 assert "ray_mnist.launch.fork_server" in server.cmdline()
 actors = [ray.remote(num_cpus=0)(Actor).remote() for _ in range(2)]
@@ -275,8 +276,11 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def descendants(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
+def started_by(driver: int) -> list[psutil.Process]:
+    """Its descendants, and those of the server that its Ray's processes are forked from."""
+    server = ["ray_mnist.launch.fork_server", str(driver)]
+    (base,) = (each for each in psutil.process_iter(["cmdline"]) if (each.info["cmdline"] or [])[3:5] == server)
+    return [base, *base.children(recursive=True), *psutil.Process(driver).children(recursive=True)]
 
 
 def is_agent(process: psutil.Process) -> bool:
@@ -292,7 +296,7 @@ def test_a_run_whose_driver_ends_leaves_nothing_and_resumes(how: signal.Signals,
     folder = RunFolder(str(tmp_path / "runs"), "run")
     try:
         wait_until(lambda: len(folder.checkpoints()) > 0 or driver.poll() is not None, 600, "the first checkpoint")
-        started = descendants(driver.pid)
+        started = started_by(driver.pid)
         agents = [process for process in started if how == signal.SIGKILL and is_agent(process)]
         driver.send_signal(how)
         output, _ = driver.communicate(timeout=600)

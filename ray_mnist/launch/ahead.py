@@ -7,12 +7,11 @@ import os
 import shlex
 import subprocess
 import sys
-from contextlib import nullcontext
 from typing import Any
 
 import ray
 
-from ray_mnist import ray_internals
+from ray_mnist import ray_internals, ray_setup_worker
 from ray_mnist.checks.preflight import CPUS_FOR_DATA, WAIT_FOR_NODES_S
 from ray_mnist.config import RunConfig
 from ray_mnist.launch import forked_python
@@ -60,7 +59,8 @@ def start_ray(config: RunConfig, cpus: int = 0) -> None:
     options: dict[str, Any] = {"num_cpus": enough_cpus(config, cpus), "include_dashboard": config.dashboard}
     forks = forked(config, begin=True)
     options["runtime_env"] = {"env_vars": settings} | forks
-    with nullcontext() if config.dashboard else ray_internals.no_monitors():  # a dashboard shows what they say
+    script = {"setup_worker_path": ray_setup_worker.__file__} if forks else {}
+    with ray_internals.local_ray(config.dashboard, **script):
         init(address="local", **options, **ray_internals.NO_IDLE_WORKERS)
     if forks:
         ray.remote(num_cpus=0)(lambda: None).remote()  # has what workers are forked from import Ray, too
