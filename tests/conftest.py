@@ -4,6 +4,7 @@ import atexit
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import NoReturn
 
 import psutil
@@ -22,6 +24,8 @@ import pytest
 # logical CPU, which nothing uses, and 31 for each time that Ray Data reads Parquet files.
 os.environ |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
 os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1"}
+# Workers import what the tests define.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 for name in ("RAY_ADDRESS", "RAY_TMPDIR"):
     os.environ.pop(name, None)
 
@@ -33,6 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Gives the tests a temporary folder of their own: who is killed leaves things there, and so does Ray always."""
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # `tmp_path` outlives the tests
+    # Who starts this in the background has it, and what it starts, ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Not inside that of the process that started this one: below are sockets, whose paths have 107 characters at most.
     folder = tempfile.mkdtemp(prefix="t-", dir=os.environ["PYTEST_DEBUG_TEMPROOT"])
     os.chmod(folder, 0o755)  # some tests read there as another user
@@ -52,13 +58,45 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Starts the process that is forked for others: it keeps the environment, which is yet as before all tests."""
+    """Starts what is forked for others, which keeps the environment: it is yet as before all tests."""
     if "processes" in sys.modules:
         from multiprocessing import forkserver  # not before `pytest_configure`, see there
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # what it imports is here too
-            forkserver.ensure_running()
+        forkserver.ensure_running()
+        start_base_of_workers()
+
+
+def start_base_of_workers() -> None:
+    """Has all Rays that tests start, in whatever process, fork theirs from what has imported torch and Lightning once.
+
+    But for those whose environment another test has changed.
+    """
+    from ray_mnist.config import RunConfig
+    from ray_mnist.launch import ahead, forked_python  # once the environment above is set
+
+    ahead.forked(RunConfig(), begin=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPT_NOENV", "1")  # as Ray and `forked` have it
+        address = forked_python.address_of("pytorch_lightning", "1", forked_python.OF_RAY)
+    # It ends where it has had nothing to do for half a minute.
+    busy = [Path(__file__).with_name("busy.py").as_posix()]
+    end, _ = os.pipe()  # closed as this process ends
+    Thread(target=forked_python.ask, args=[address, busy, os.environ, [end, 1, 2]], daemon=True).start()
+
+
+def forget_test() -> None:
+    """Has no test an environment of its own, for which nothing would be shared: pytest notes its name there."""
+    os.environ.pop("PYTEST_CURRENT_TEST", None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    forget_test()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call() -> None:
+    forget_test()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -123,8 +161,6 @@ def ray_head(*options: str) -> Iterator[str]:
             [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", *ports, *options, "--block"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            # The workers import what the tests define.
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
         )
         address_file = Path(folder, "ray_current_cluster")
         try:
@@ -148,7 +184,8 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """The address of a Ray cluster on this machine with eight logical CPUs, more than there are cores."""
-    with ray_head("--num-cpus=8", "--num-gpus=0", "--include-dashboard=false") as address:
+    without = ["--include-dashboard=false", "--include-log-monitor=false"]
+    with ray_head("--num-cpus=8", "--num-gpus=0", *without) as address:
         yield address
 
 

@@ -76,7 +76,6 @@ def nodes() -> Iterator[LocalCluster]:
     quick = {"health_check_period_ms": 500, "health_check_timeout_ms": 20_000, "health_check_failure_threshold": 3}
     with tempfile.TemporaryDirectory(prefix="ray-") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
         cluster = LocalCluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": quick})
         try:
             for _ in range(2):

@@ -34,7 +34,6 @@ def two_nodes() -> Iterator[None]:
     backend = launch.process_group_backend
     with tempfile.TemporaryDirectory(prefix="ray-") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the workers import the stand-in
         patch.setattr(launch, "process_group_backend", lambda use_gpu: cuda_stand_in.Backend(backend(use_gpu)))
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS, "num_gpus": 2})
         try:

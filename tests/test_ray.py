@@ -270,6 +270,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "ray_mnist.train", *(f"{key}={value}" for key, value in options.items()), *arguments],
         cwd=folder,
+        env=os.environ | {"ALONE": "1"},  # what its Ray's processes are forked from is its own
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

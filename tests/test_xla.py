@@ -303,10 +303,7 @@ def test_two_hosts_of_a_slice_train_as_one(train: Callable[..., Run], tmp_path: 
     one = train(1, *arguments, "--tpu-cores", "1", "--name", "one")
     assert one.returncode == 0, one.stderr
     script = [sys.executable, str(Path(__file__).with_name("fake_pod.py")), *arguments, "--tpu-cores", "8"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(
-        [*script, "--name", "two"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run([*script, "--name", "two"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "8 TPU cores, Lightning's XLA trainer on 2 hosts, Ray " in done.stdout
     assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), rel=1e-4)

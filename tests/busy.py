@@ -1,0 +1,5 @@
+"""Runs until its standard input ends."""
+
+import sys
+
+sys.stdin.read()
