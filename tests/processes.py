@@ -4,7 +4,7 @@ from multiprocessing import get_context
 
 processes = get_context("forkserver")
 # This list and the process are those of all contexts: another `set_forkserver_preload` would undo this one. The last
-# modules are what an optimizer, a strategy, the digits and what the tests define import.
+# modules are what an optimizer, a strategy and what the tests define import.
 processes.set_forkserver_preload(
     [
         "ray_mnist.ray_fork_internals",
@@ -12,7 +12,6 @@ processes.set_forkserver_preload(
         "ray_mnist.trainer",
         "torch._dynamo",
         "ray.tune",
-        "sklearn.datasets",
         "pytest",
     ]
 )

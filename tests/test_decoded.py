@@ -5,6 +5,7 @@ import multiprocessing
 import multiprocessing.util
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -130,6 +131,21 @@ def test_processes_hold_the_data_once_together(large_data_dir: Path, temporary: 
             child.join()
     assert len(made(temporary)) == 1
     assert max(growths) < CIFAR10_BYTES / 4, growths
+
+
+def has_imported_sklearn(temporary: Path, parent: Connection) -> None:
+    tempfile.tempdir = str(temporary)
+    MNISTDataModule("digits").setup("fit")
+    parent.send("sklearn" in sys.modules)
+
+
+def test_the_first_process_alone_imports_what_brings_the_digits(temporary: Path) -> None:
+    here, there = processes.Pipe()
+    for first in (True, False):
+        child = processes.Process(target=has_imported_sklearn, args=(temporary, there))
+        child.start()
+        assert here.recv() == first
+        child.join()
 
 
 def test_the_check_keeps_none_of_the_data(large_data_dir: Path, temporary: Path) -> None:

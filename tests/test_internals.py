@@ -45,7 +45,6 @@ INTERNALS = (
     "ray_scaling_internals.py",
     "ray_data_internals.py",
     "ray_fork_internals.py",
-    "ray_setup_worker.py",
     "lightning_internals.py",
     "lightning_logger_internals.py",
 )

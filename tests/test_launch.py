@@ -18,10 +18,10 @@ import torch
 from ray import cloudpickle
 from ray._raylet import GcsErrorSubscriber
 
-from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer, ray_setup_worker
+from ray_mnist import MNISTDataModule, RequestError, SimpleModel, Trainer
 from ray_mnist.checks.preflight import CPUS_FOR_DATA, Cluster
 from ray_mnist.config import RunConfig
-from ray_mnist.launch import ahead, connection
+from ray_mnist.launch import ahead, connection, ray_setup_worker
 from ray_mnist.launch import ray as on_ray
 from ray_mnist.launch.channel import Sender
 from ray_mnist.search.trial import bundles

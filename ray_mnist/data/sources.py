@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from ray_mnist.errors import RequestError
 
 MNIST_FILES = tuple(name.removesuffix(".gz") for name, _ in MNIST.resources)
 MAX_BYTES = 4_000_000_000  # of one file: what it announces is held in memory
+# It says which scikit-learn it is, and so which digits. To import that takes half a second.
+SKLEARN = Path(find_spec("sklearn").origin)  # type: ignore[union-attr, arg-type]
 CIFAR10_FILES = (*(name for name, _ in CIFAR10.train_list + CIFAR10.test_list), CIFAR10.meta["filename"])
 
 
@@ -189,5 +192,5 @@ SOURCES: dict[str, Source] = {
     "fashion-mnist": _mnist_like(FashionMNIST),
     "kmnist": _mnist_like(KMNIST),
     "cifar10": Source(OBJECTS, _read_cifar10, (CIFAR10.base_folder,), CIFAR10_FILES, CIFAR10, (3, 32, 32)),
-    "digits": Source(tuple("0123456789"), _read_digits),
+    "digits": Source(tuple("0123456789"), _read_digits, (str(SKLEARN.parent),), (SKLEARN.name,)),
 }

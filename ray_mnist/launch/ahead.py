@@ -11,10 +11,10 @@ from typing import Any
 
 import ray
 
-from ray_mnist import ray_internals, ray_setup_worker
+from ray_mnist import ray_internals
 from ray_mnist.checks.preflight import CPUS_FOR_DATA, WAIT_FOR_NODES_S
 from ray_mnist.config import RunConfig
-from ray_mnist.launch import forked_python
+from ray_mnist.launch import forked_python, ray_setup_worker
 from ray_mnist.lightning_package import package_in_use
 
 # Ray Train reads these when a run starts. A value that is set already is somebody's wish and stays.

@@ -2,7 +2,7 @@
 
     python ray_setup_worker.py SCRIPT [ARGUMENT...] --language=PYTHON --serialized-runtime-env-context=JSON
 
-What is to be forked (`launch/forked_python.py`) is asked for without that, a third of a second sooner; all else is left
+What is to be forked (`forked_python.py`) is asked for without that, a third of a second sooner; all else is left
 to Ray's own. Ray knows the script by the end of its name.
 """
 
@@ -11,6 +11,7 @@ import json
 import os
 import runpy
 import shlex
+import sys
 
 
 def main() -> None:
@@ -24,6 +25,8 @@ def main() -> None:
     if given.language == "PYTHON" and "forked_python.py" in python and "$" not in str(variables) and not context:
         os.environ.update(variables)
         os.execvp("bash", ["bash", "-c", f"exec {python} {shlex.join(script)}"])
+    if not sys.flags.safe_path:
+        del sys.path[0]  # this folder, which has another `ray`
     runpy.run_module("ray._private.workers.setup_worker", run_name="__main__")
 
 
