@@ -24,8 +24,10 @@ import pytest
 # logical CPU, which nothing uses, and 31 for each time that Ray Data reads Parquet files.
 os.environ |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
 os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1"}
-# Workers import what the tests define.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+# Workers import what the tests define, and with that this file.
+paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+if str(Path(__file__).parent) not in paths:
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *paths])
 for name in ("RAY_ADDRESS", "RAY_TMPDIR"):
     os.environ.pop(name, None)
 

@@ -32,7 +32,7 @@ from ray_state import placement_groups
 from ray_mnist import MNISTDataModule, RequestError, SimpleModel, TrainingError, tune
 from ray_mnist.cli.lightning_arguments import for_lightning
 from ray_mnist.config import RunConfig
-from ray_mnist.data import sources
+from ray_mnist.data import decoded
 from ray_mnist.launch import metrics
 from ray_mnist.launch.connection import this_folder
 from ray_mnist.ray_train_internals import TrialTorchTrainer
@@ -162,13 +162,13 @@ def test_a_sweeps_arithmetic_comes_before_its_data(tmp_path: Path, monkeypatch: 
 
 
 def test_each_data_set_is_loaded_once_whatever_the_space_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded, load = [], sources.load
+    loaded, load = [], decoded.load
 
     def count(dataset: str, data_dir: Path) -> Any:
         loaded.append(data_dir.name)
         return load(dataset, data_dir)
 
-    monkeypatch.setattr(sources, "load", count)
+    monkeypatch.setattr(decoded, "load", count)
     domains = {
         "model.lr": [0.1, 0.2],
         "data.data_dir": [str(tmp_path / "one"), str(tmp_path / "other")],
