@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -59,6 +60,18 @@ def test_pairs_are_counted_and_the_surest_mistakes_kept() -> None:
 @pytest.mark.parametrize("logits", [torch.zeros(4), torch.zeros(4, 1), torch.zeros(4, 2, 3), None])
 def test_what_is_not_one_of_several_classes_is_left_alone(logits: Any) -> None:
     assert not after_batch({"logits": logits}, torch.tensor([0, 1, 1, 0])).confusion
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_weights_of_each_unit_have_a_place_in_one_picture(channels: int) -> None:
+    layer = np.random.default_rng(0).normal(size=(20, channels, 5, 7)) * np.arange(20).reshape(-1, 1, 1, 1)
+    (axes,) = plots.weights(layer).axes
+    drawn = np.asarray(axes.images[0].get_array())
+    for unit in range(20):
+        row, column = divmod(unit, 16)
+        found = drawn[row * 7 + 1 : row * 7 + 6, column * 9 + 1 : column * 9 + 8]
+        scaled = layer[unit].transpose(1, 2, 0) / (np.abs(layer[unit]).max() or 1)
+        np.testing.assert_allclose(found, scaled[:, :, 0] if channels == 1 else 0.5 + scaled / 2)
 
 
 @pytest.mark.plots
