@@ -87,8 +87,12 @@ def start_base_of_workers() -> None:
 
 
 def forget_test() -> None:
-    """Has no test an environment of its own, for which nothing would be shared: pytest notes its name there."""
-    os.environ.pop("PYTEST_CURRENT_TEST", None)
+    """Has no test an environment of its own, for which nothing would be shared.
+
+    pytest notes the test's name there, and a process that has joined a Ray, or imported MLflow, something of its own.
+    """
+    for name in ("PYTEST_CURRENT_TEST", "PYTHONBREAKPOINT", "_MLFLOW_TELEMETRY_SESSION_ID"):
+        os.environ.pop(name, None)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -156,6 +160,7 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 @contextmanager
 def ray_head(*options: str) -> Iterator[str]:
     """The address of a Ray cluster on this machine, for the time of the `with`."""
+    forget_test()  # pytest tells this file of no fixture of the session
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         # In a folder of its own, nobody finds it who was not given its address.
         ports = ["--port", str(free_port()), "--temp-dir", folder]

@@ -22,8 +22,9 @@ import time
 from collections.abc import Mapping, Sequence
 
 WAIT_S = 50  # for a process, of which most is the server's import; Ray waits 60 s for a worker
-OF_RAY = "RAY_"  # which begins the names of the variables that are read as Ray is imported,
-OF_RAY_TRAIN = "RAY_TRAIN_"  # and of those that are read later: the processes of a run have different ones
+OF_RAY = "RAY_"  # begins the names of the variables that are read as Ray is imported
+LATER = ("RAY_TRAIN_", "PL_")  # and of those that are read later, of which the processes of a run have different ones
+BY_SHELLS = ("PWD", "OLDPWD", "SHLVL", "_")  # and Ray starts a process through two shells
 
 
 def main(package: str, threads: str, *script: str) -> None:
@@ -45,7 +46,7 @@ def fork(package: str, threads: str, script: Sequence[str]) -> bool:
     Raises:
         OSError: a server could not be started or asked.
     """
-    address = address_of(package, threads, OF_RAY_TRAIN)
+    address = address_of(package, threads)
     listener = listen(address)
     if listener:
         with listener:
@@ -74,9 +75,12 @@ def server_command(owner: int, *modules: str) -> list[str]:
     return ["-m", "ray_mnist.launch.fork_server", str(owner), *modules]
 
 
-def address_of(package: str, threads: str, but: str) -> str:
-    """The address of a server, which is the same where all of the environment is, `but` names that begin so."""
-    environment = sorted((name, value) for name, value in os.environ.items() if not name.startswith(but))
+def address_of(package: str, threads: str, *but: str) -> str:
+    """The address of a server: the same where all is that libraries read as they are imported, `but` what begins so."""
+    unread = (*LATER, *but)
+    environment = sorted(
+        (name, value) for name, value in os.environ.items() if not name.startswith(unread) and name not in BY_SHELLS
+    )
     machine = os.stat("/proc/self/ns/mnt").st_ino  # containers that share a network share addresses
     about = json.dumps([os.getuid(), machine, sys.executable, package, threads, environment])
     return f"\0ray_mnist-{hashlib.sha256(about.encode()).hexdigest()}"
