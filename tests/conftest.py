@@ -76,7 +76,8 @@ def start_base_of_workers() -> None:
     from ray_mnist.config import RunConfig
     from ray_mnist.launch import ahead, forked_python  # once the environment above is set
 
-    ahead.forked(RunConfig(), begin=True)
+    if not ahead.forked(RunConfig(), begin=True):  # not this system
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPT_NOENV", "1")  # as Ray and `forked` have it
         address = forked_python.address_of("pytorch_lightning", "1", forked_python.OF_RAY)
