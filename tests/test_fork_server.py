@@ -80,9 +80,8 @@ def raylet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Raylet]:
 
 
 def test_two_processes_are_forked_from_one_and_end_up_as_if_they_were_not(raylet: Raylet) -> None:
-    first = raylet.start("a", "b c", RAY_TRAIN_THAT="1", PL_DISABLE_FORK="1", PWD="/there")
+    first = raylet.start("a", "b c", RAY_TRAIN_THAT="1", PWD="/there")
     second = raylet.start(RAY_TRAIN_THAT="2")
-    assert "PL_DISABLE_FORK" not in second["environment"]
     assert first["imported"] == ["torch._dynamo", "pytorch_lightning", "ray.train"]
     assert first["parent"] == second["parent"] != os.getpid()
     assert first["process"] != second["process"]
@@ -90,7 +89,7 @@ def test_two_processes_are_forked_from_one_and_end_up_as_if_they_were_not(raylet
     assert first["argv"] == [str(raylet.script), "a", "b c"]
     assert (first["name"], first["path"], first["stdin"]) == ("__main__", str(raylet.folder), "typed")
     assert first["folder"] == str(raylet.folder)
-    expected = raylet.environment | {"RAY_TRAIN_THAT": "1", "PL_DISABLE_FORK": "1", "PWD": "/there"}
+    expected = raylet.environment | {"RAY_TRAIN_THAT": "1", "PWD": "/there"}
     assert {name: first["environment"].get(name) for name in expected} == expected
     added = first["environment"].keys() - expected
     assert added <= {"PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR"}  # by imports
@@ -116,8 +115,8 @@ def test_what_libraries_read_as_they_are_imported_is_the_same_in_all_that_is_for
     first = address()
     assert address("lightning.pytorch") != first
     assert address(threads="2") != first
-    # Ray Train's, one that Ray Tune gives its trials, and what shells say of where and in which they are.
-    for name in ("RAY_TRAIN_THAT", "PL_DISABLE_FORK", "PWD", "SHLVL"):
+    # Ray Train's, and what shells say of where and in which they are.
+    for name in ("RAY_TRAIN_THAT", "PWD", "SHLVL"):
         monkeypatch.setenv(name, "1")
     assert address() == first
     monkeypatch.setenv("KMP_BLOCKTIME", "1")

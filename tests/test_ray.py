@@ -279,9 +279,10 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def started_by(driver: int) -> list[psutil.Process]:
     """Its descendants, and those of the server that its Ray's processes are forked from."""
-    server = ["ray_mnist.launch.fork_server", str(driver)]
-    (base,) = (each for each in psutil.process_iter(["cmdline"]) if (each.info["cmdline"] or [])[3:5] == server)
-    return [base, *base.children(recursive=True), *psutil.Process(driver).children(recursive=True)]
+    server = ["ray_mnist.launch.fork_server", str(driver)]  # and what it forked, until that has a name of its own
+    servers = [each for each in psutil.process_iter(["cmdline"]) if (each.info["cmdline"] or [])[3:5] == server]
+    assert servers
+    return [*{*servers}.union(*(each.children(recursive=True) for each in (*servers, psutil.Process(driver))))]
 
 
 def is_agent(process: psutil.Process) -> bool:

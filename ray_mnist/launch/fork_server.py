@@ -20,7 +20,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from ray_mnist.launch.forked_python import BY_SHELLS, LATER, OF_RAY, user_of
+from ray_mnist.launch.forked_python import BY_SHELLS, OF_RAY, user_of
 from ray_mnist.lightning_package import import_heavy
 
 LISTENER = 0  # the file descriptor
@@ -95,7 +95,7 @@ def become(connection: socket.socket) -> None:
         os.close(file)
     # The others are the same, or imports have set them, such as Lightning's for torch.
     for name in [*os.environ]:
-        if name.startswith((OF_RAY, *LATER)) or name in (*BY_SHELLS, "OMP_NUM_THREADS"):
+        if name.startswith(OF_RAY) or name in (*BY_SHELLS, "OMP_NUM_THREADS"):
             del os.environ[name]
     os.environ.update(environment)
     os.chdir(folder)

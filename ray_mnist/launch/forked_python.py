@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 
 WAIT_S = 50  # for a process, of which most is the server's import; Ray waits 60 s for a worker
 OF_RAY = "RAY_"  # begins the names of the variables that are read as Ray is imported
-LATER = ("RAY_TRAIN_", "PL_")  # and of those that are read later, of which the processes of a run have different ones
+OF_RAY_TRAIN = "RAY_TRAIN_"  # and of those that are read later: the processes of a run have different ones
 BY_SHELLS = ("PWD", "OLDPWD", "SHLVL", "_")  # and Ray starts a process through two shells
 
 
@@ -77,7 +77,7 @@ def server_command(owner: int, *modules: str) -> list[str]:
 
 def address_of(package: str, threads: str, *but: str) -> str:
     """The address of a server: the same where all is that libraries read as they are imported, `but` what begins so."""
-    unread = (*LATER, *but)
+    unread = (OF_RAY_TRAIN, *but)
     environment = sorted(
         (name, value) for name, value in os.environ.items() if not name.startswith(unread) and name not in BY_SHELLS
     )
