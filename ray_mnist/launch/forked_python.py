@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 WAIT_S = 50  # for a process, of which most is the server's import; Ray waits 60 s for a worker
 OF_RAY = "RAY_"  # begins the names of the variables that are read as Ray is imported
 OF_RAY_TRAIN = "RAY_TRAIN_"  # and of those that are read later: the processes of a run have different ones
-BY_SHELLS = ("PWD", "OLDPWD", "SHLVL", "_")  # and Ray starts a process through two shells
+BY_SHELLS = ("PWD", "OLDPWD", "SHLVL", "_")  # set by each shell, and Ray starts a process through two
 
 
 def main(package: str, threads: str, *script: str) -> None:
